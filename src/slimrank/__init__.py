@@ -1,0 +1,31 @@
+"""slimrank: low-rank factorisation of causal language models, after training, in minutes."""
+
+from importlib.metadata import version
+
+from slimrank import evaluation
+from slimrank.calibration import TokenWindows
+from slimrank.checkpoint import load, register
+from slimrank.compression import CompressionOptions, compress
+from slimrank.errors import SlimrankError
+from slimrank.nn import LowRankLinear
+from slimrank.planning import plan
+from slimrank.recipe import CompressionRecipe
+from slimrank.report import CompressionReport
+
+register()
+
+__version__ = version("slimrank")
+
+__all__ = [
+    "CompressionOptions",
+    "CompressionRecipe",
+    "CompressionReport",
+    "LowRankLinear",
+    "SlimrankError",
+    "TokenWindows",
+    "__version__",
+    "compress",
+    "evaluation",
+    "load",
+    "plan",
+]

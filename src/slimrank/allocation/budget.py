@@ -1,0 +1,160 @@
+"""How much to keep, in whole parameters: the only place where it is said."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from slimrank.errors import BudgetError
+from slimrank.linalg import break_even_rank
+
+Scope = Literal["targets", "model"]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """The sides of one linear, and what they make of ranks.
+
+    Examples
+    --------
+    >>> shape = LinearShape("k_proj", out_features=192, in_features=576)
+    >>> shape.dense_params, shape.params_per_rank, shape.break_even_rank
+    (110592, 768, 143)
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the matrix itself; a bias is kept and never counted."""
+        return self.out_features * self.in_features
+
+    @property
+    def params_per_rank(self) -> int:
+        """Parameters that one more rank costs."""
+        return self.out_features + self.in_features
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest rank whose factors cost less than the matrix; may be 0."""
+        return break_even_rank(self.in_features, self.out_features)
+
+    def params(self, rank: int | None) -> int:
+        """Parameters at a rank; None is dense."""
+        return self.dense_params if rank is None else rank * self.params_per_rank
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Share of parameters to keep, and of what.
+
+    Parameters
+    ----------
+    param_ratio : float
+        Parameters kept over parameters before, in (0, 1].
+    scope : {'targets', 'model'}
+        Of the targeted linears (the convention of the papers), or of everything in the model,
+        embeddings and head included.
+    multiple_of : int
+        Every rank is a multiple of this.
+    min_rank : int
+        No rank is below this.
+
+    Raises
+    ------
+    BudgetError
+        If a value is out of its range.
+    """
+
+    param_ratio: float
+    scope: Scope = "targets"
+    multiple_of: int = 1
+    min_rank: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.param_ratio <= 1:
+            raise BudgetError(
+                f"keep is the share of parameters that stay and lies in (0, 1], not "
+                f"{self.param_ratio:g}; 0.8 keeps 80 %"
+            )
+        if self.multiple_of < 1 or self.min_rank < 1:
+            raise BudgetError("multiple_of and min_rank are at least 1")
+
+    @property
+    def smallest_rank(self) -> int:
+        """Smallest rank that respects both `min_rank` and `multiple_of`."""
+        return -(-self.min_rank // self.multiple_of) * self.multiple_of
+
+    def target_params(self, shapes: Sequence[LinearShape], other_params: int) -> int:
+        """Whole parameters that the targeted linears may hold.
+
+        Parameters
+        ----------
+        shapes : sequence of LinearShape
+            The targeted linears.
+        other_params : int
+            Parameters of the model outside them, which stay; looked at in scope 'model' only.
+
+        Raises
+        ------
+        BudgetError
+            In scope 'model', if what stays is more than the budget.
+
+        Examples
+        --------
+        >>> Budget(0.7).target_params([LinearShape("a", 10, 10)], other_params=50)
+        70
+        >>> Budget(0.7, scope="model").target_params([LinearShape("a", 10, 10)], other_params=50)
+        55
+        """
+        share = Fraction(str(self.param_ratio))
+        targeted = sum(shape.dense_params for shape in shapes)
+        if self.scope == "targets":
+            return int(share * targeted)
+        allowed = int(share * (targeted + other_params)) - other_params
+        if allowed <= 0:
+            least = other_params / (targeted + other_params)
+            raise BudgetError(
+                f"keep {self.param_ratio:g} of the model is less than what no target holds "
+                f"(embeddings, head, norms): that alone is {least:.3f}; keep more, or count "
+                "targets only (scope 'targets')"
+            )
+        return allowed
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """A rank for each targeted linear; None leaves it dense.
+
+    Examples
+    --------
+    >>> plan = RankPlan({"a": 2, "b": None})
+    >>> plan.params([LinearShape("a", 8, 8), LinearShape("b", 4, 4)])
+    48
+    """
+
+    ranks: Mapping[str, int | None]
+
+    def params(self, shapes: Iterable[LinearShape]) -> int:
+        """Parameters that the plan keeps of these linears."""
+        return sum(shape.params(self.ranks[shape.name]) for shape in shapes)
+
+    def check(self, shapes: Sequence[LinearShape], budget: Budget, other_params: int) -> None:
+        """Hold the plan to its budget.
+
+        Raises
+        ------
+        BudgetError
+            If a rank is outside its bounds, or the sum is over the budget.
+        """
+        for shape in shapes:
+            rank = self.ranks[shape.name]
+            if rank is not None and not budget.smallest_rank <= rank <= shape.break_even_rank:
+                raise BudgetError(f"{shape.name}: rank {rank} is out of bounds")
+            if rank is not None and rank % budget.multiple_of:
+                raise BudgetError(f"{shape.name}: rank {rank} is no multiple")
+        allowed = budget.target_params(shapes, other_params)
+        if self.params(shapes) > allowed:
+            raise BudgetError(f"the plan keeps {self.params(shapes)} parameters of {allowed}")

@@ -1,0 +1,21 @@
+"""Text to activations to moments."""
+
+from slimrank.calibration.moments import BlockMoments, check_on_tokens, collect_moments
+from slimrank.calibration.replay import Batch, embed_batches, run_block
+from slimrank.calibration.text import packaged_text, read_text
+from slimrank.calibration.windows import TokenWindows, default_batch_size, draw_windows, from_padded
+
+__all__ = [
+    "Batch",
+    "BlockMoments",
+    "TokenWindows",
+    "check_on_tokens",
+    "collect_moments",
+    "default_batch_size",
+    "draw_windows",
+    "embed_batches",
+    "from_padded",
+    "packaged_text",
+    "read_text",
+    "run_block",
+]

@@ -1,0 +1,168 @@
+"""Second moments of one block's inputs, taken while a batch passes through it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.calibration.replay import Batch, run_block
+from slimrank.errors import NumericalError
+from slimrank.linalg import MomentAccumulator, Moments, output_loss
+from slimrank.model import InputGroup
+from slimrank.nn import LowRankLinear
+
+TOKEN_CHECK = 5e-3
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMoments:
+    """Moments of each group of a block.
+
+    Parameters
+    ----------
+    total : tuple of Moments
+        Over all batches.
+    last : tuple of Moments
+        Over the last batch only, to hold against its tokens (see `check_on_tokens`).
+    """
+
+    total: tuple[Moments, ...]
+    last: tuple[Moments, ...]
+
+
+def collect_moments(
+    model: nn.Module,
+    block: nn.Module,
+    index: int,
+    groups: Sequence[InputGroup],
+    batches: list[Batch],
+) -> BlockMoments:
+    """Take all batches through a block once, and sum the second moments of its inputs.
+
+    Parameters
+    ----------
+    model, block : nn.Module
+    index : int
+        Position of the block.
+    groups : sequence of InputGroup
+        One accumulator each.
+    batches : list of Batch
+        In front of the block; replaced one by one by what comes out of it, so that hidden states
+        are held once.
+
+    Raises
+    ------
+    NumericalError
+        If an activation is not finite, with the linear's name.
+    """
+    device = next(block.parameters()).device
+    total = [MomentAccumulator(group.in_features, device) for group in groups]
+    last = [MomentAccumulator(group.in_features, device) for group in groups]
+    for number in range(len(batches)):
+        sums = last if number == len(batches) - 1 else total
+        takers = {g.sites[0].name: _adder(g, s) for g, s in zip(groups, sums, strict=True)}
+        with _hooks(model, takers):
+            batches[number] = run_block(block, index, batches[number])
+    for accumulator, extra in zip(total, last, strict=True):
+        accumulator.merge(extra)
+    return BlockMoments(tuple(a.result() for a in total), tuple(a.result() for a in last))
+
+
+def check_on_tokens(
+    model: nn.Module,
+    block: nn.Module,
+    index: int,
+    batch: Batch,
+    replacements: Mapping[str, LowRankLinear],
+    moments: Mapping[str, Moments],
+) -> dict[str, float]:
+    """Hold the moments against the tokens they came from.
+
+    The batch goes through the original block once more, and at each linear the error of its
+    replacement is taken token by token, in float32. It must be what the batch's second moment says.
+
+    Parameters
+    ----------
+    model, block : nn.Module
+        The replacements are not in it yet.
+    index : int
+    batch : Batch
+        As it enters the block.
+    replacements : mapping of str to LowRankLinear
+    moments : mapping of str to Moments
+        Of this very batch.
+
+    Returns
+    -------
+    dict of str to float
+        Relative gap, for each linear that saw tokens.
+
+    Raises
+    ------
+    NumericalError
+        If they disagree: the moments are then not those of what the linears receive.
+    """
+    errors: dict[str, float] = dict.fromkeys(replacements, 0.0)
+    energies: dict[str, float] = dict.fromkeys(replacements, 0.0)
+
+    def measure(name: str) -> Callable[[Tensor], None]:
+        linear = model.get_submodule(name)
+        factors = replacements[name].factors()
+        assert isinstance(linear, nn.Linear)
+
+        def add(inputs: Tensor) -> None:
+            tokens = inputs.reshape(-1, linear.in_features).float()
+            outputs = tokens @ linear.weight.float().mT
+            gap = outputs - tokens @ factors.right.float().mT @ factors.left.float().mT
+            errors[name] += float(gap.double().square().sum())
+            energies[name] += float(outputs.double().square().sum())
+
+        return add
+
+    with _hooks(model, {name: measure(name) for name in replacements}):
+        run_block(block, index, batch)
+    gaps: dict[str, float] = {}
+    for name, replacement in replacements.items():
+        if moments[name].tokens == 0:
+            continue
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        expected = output_loss(linear.weight, replacement.factors(), moments[name].original)
+        seen = errors[name] / moments[name].tokens
+        floor = 1e-6 * energies[name] / moments[name].tokens
+        gaps[name] = abs(seen - expected) / max(seen, floor, torch.finfo(torch.float64).tiny)
+        if not gaps[name] <= TOKEN_CHECK:
+            raise NumericalError(
+                f"{name}: the error on the tokens of a batch is {seen:.6g}, but the batch's second "
+                f"moment says {expected:.6g}; please report this model"
+            )
+    return gaps
+
+
+@contextmanager
+def _hooks(model: nn.Module, takers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Give the input of each named linear to its taker; remove nothing but these hooks."""
+    with ExitStack() as stack:
+        for name, take in takers.items():
+
+            def hook(
+                _m: nn.Module, args: tuple[Any, ...], take: Callable[[Tensor], None] = take
+            ) -> None:
+                take(args[0])
+
+            handle = model.get_submodule(name).register_forward_pre_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def _adder(group: InputGroup, accumulator: MomentAccumulator) -> Callable[[Tensor], None]:
+    def add(inputs: Tensor) -> None:
+        try:
+            accumulator.update(inputs)
+        except NumericalError as error:
+            raise NumericalError(f"the inputs of {group.sites[0].name}: {error}") from error
+
+    return add

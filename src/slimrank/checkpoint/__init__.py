@@ -1,0 +1,22 @@
+"""The folder on disk: what a loader needs, and how it is written, checked and read."""
+
+from slimrank.checkpoint.config import LowRankConfig, LowRankLinearConfig
+from slimrank.checkpoint.folder import read_report, require_writable, write_folder
+from slimrank.checkpoint.loading import load
+from slimrank.checkpoint.quantizer import LowRankQuantizer, mark_compressed, register
+from slimrank.checkpoint.size import folder_bytes, safetensors_bytes, weight_file_bytes
+
+__all__ = [
+    "LowRankConfig",
+    "LowRankLinearConfig",
+    "LowRankQuantizer",
+    "folder_bytes",
+    "load",
+    "mark_compressed",
+    "read_report",
+    "register",
+    "require_writable",
+    "safetensors_bytes",
+    "weight_file_bytes",
+    "write_folder",
+]

@@ -1,0 +1,74 @@
+"""The model card: what it is, what it weighs, how to load it."""
+
+from slimrank.report import CompressionReport
+
+TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {model}
+tags:
+- low-rank
+- slimrank
+---
+
+# {title}
+
+{model} with {count} of its linears factorised to low rank by
+[slimrank](https://pypi.org/project/slimrank/) {version}, method `{method}`.
+
+**Size**: {line}.
+
+**Loss**: the factorised linears lose {loss:.2%} of the energy of their outputs, on average over
+linears, on the {tokens:,} calibration tokens ({source}). Perplexity on text of your own:
+`slimrank evaluate . --text FILE`.
+
+## Load
+
+slimrank must be imported first. Without it transformers stops with a size mismatch.
+
+```python
+import slimrank
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{title}")
+tokenizer = AutoTokenizer.from_pretrained("{title}")
+```
+
+## How it was made
+
+```
+slimrank compress {model} {title} --recipe recipe.yaml
+```
+
+`recipe.yaml` and `report.json` beside this file hold every setting, and for each linear its rank
+and the loss that was promised and measured.
+{notes}
+The weights remain under the licence of {model}.
+"""
+
+
+def model_card(report: CompressionReport, title: str) -> str:
+    """Write the card of a compressed folder.
+
+    Parameters
+    ----------
+    report : CompressionReport
+    title : str
+        Name of the folder.
+    """
+    factorised = [linear for linear in report.linears if linear.rank is not None]
+    losses = [linear.measured_loss for linear in factorised]
+    notes = "".join(f"\n- {warning}" for warning in report.warnings)
+    source = ", ".join(report.recipe.calibration.source) or "the sample packaged with slimrank"
+    return TEMPLATE.format(
+        model=report.model,
+        title=title,
+        count=len(factorised),
+        version=report.environment["slimrank"],
+        method=report.recipe.method,
+        line=report.size.line(),
+        loss=sum(losses) / len(losses) if losses else 0.0,
+        tokens=report.tokens,
+        source=source,
+        notes=f"\nRemarks:\n{notes}\n" if notes else "",
+    )

@@ -1,0 +1,137 @@
+"""Write a folder under a passing name, read it back, and only then give it its own name."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from slimrank.checkpoint.card import model_card
+from slimrank.checkpoint.loading import load
+from slimrank.checkpoint.size import SHARD_SIZE, weight_file_bytes
+from slimrank.errors import CheckpointError
+from slimrank.recipe import CompressionRecipe
+from slimrank.report import CompressionReport
+
+RECIPE, REPORT, CARD = "recipe.yaml", "report.json", "README.md"
+
+
+def require_writable(out: Path) -> None:
+    """See that a folder can be made, before any work.
+
+    Raises
+    ------
+    CheckpointError
+        If it exists already, or its parent cannot be written to.
+    """
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"{out} exists already; name a folder that does not")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".slimrank-", dir=out.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {out.parent}: {error.strerror}") from error
+
+
+def write_folder(
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    report: Callable[[int], CompressionReport],
+    probe: Tensor,
+) -> CompressionReport:
+    """Write model, tokenizer, recipe, report and card; load them again and compare; rename.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Compressed, and marked so.
+    tokenizer : transformers.PreTrainedTokenizerBase or None
+    out : Path
+        Must not exist.
+    report : callable
+        Given the bytes of the weight files, the report.
+    probe : Tensor of shape (1, tokens)
+        Token ids on which the logits of both models are compared.
+
+    Returns
+    -------
+    CompressionReport
+        As written.
+
+    Raises
+    ------
+    CheckpointError
+        If the disk is full, or what is read back is not what was written. Nothing remains then.
+    """
+    with _renamed_when_done(out) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        finished = report(weight_file_bytes(folder))
+        (folder / RECIPE).write_text(finished.recipe.to_yaml(), encoding="utf-8")
+        (folder / REPORT).write_text(finished.model_dump_json(indent=1), encoding="utf-8")
+        (folder / CARD).write_text(model_card(finished, out.name), encoding="utf-8")
+        _compare(model, folder, finished, probe)
+    return finished
+
+
+def read_report(folder: str | Path) -> CompressionReport:
+    """Read the report of a compressed folder.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds none, or a damaged one.
+    """
+    path = Path(folder) / REPORT
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {REPORT}; it was not written by slimrank")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    return CompressionReport.from_json(text, str(path))
+
+
+@contextmanager
+def _renamed_when_done(out: Path) -> Iterator[Path]:
+    """Give a passing folder; rename it at the end, or remove it whatever happened."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        if out.exists():
+            raise CheckpointError(f"{out} appeared meanwhile; nothing was written")
+        folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {out}: {error}; nothing was kept") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compare(model: Any, folder: Path, report: CompressionReport, probe: Tensor) -> None:
+    """Hold every file against what it was written from."""
+    if CompressionRecipe.from_file(folder / RECIPE) != report.recipe:
+        raise CheckpointError(f"{RECIPE} does not read back as it was written")
+    if read_report(folder) != report:
+        raise CheckpointError(f"{REPORT} does not read back as it was written")
+    again = load(folder, dtype="auto").to(next(model.parameters()).device)
+    expected, found = model.state_dict(), again.state_dict()
+    if expected.keys() != found.keys():
+        raise CheckpointError("the folder does not read back with the same tensors")
+    for name, tensor in expected.items():
+        same = tensor.dtype == found[name].dtype and torch.equal(tensor, found[name])
+        if not same:
+            raise CheckpointError(f"{name} does not read back as it was written")
+    with torch.no_grad():
+        probe = probe.to(next(model.parameters()).device)
+        logits = [m(input_ids=probe, use_cache=False).logits for m in (model, again)]
+    if not torch.equal(*logits):
+        raise CheckpointError("the folder loads, but gives other logits than the model in memory")

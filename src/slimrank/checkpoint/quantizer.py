@@ -1,0 +1,175 @@
+"""The hook by which transformers loads a compressed folder: modules are swapped on the meta device.
+
+No dense weight of a factorised linear is ever allocated. Headers of the weight files are held
+against the skeleton before anything is read, since transformers itself fills a missing tensor with
+random numbers and goes on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
+from slimrank.checkpoint.size import as_saved
+from slimrank.errors import CheckpointError
+from slimrank.model import replace_linear
+from slimrank.nn import LowRankLinear
+
+
+class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps `LowRankLinear` in for the linears that a `LowRankConfig` lists."""
+
+    requires_calibration = True
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Tell transformers that `save_pretrained` works as it is."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are plain floats."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """`Trainer` may train them without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Two linears in a row."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> nn.Module:
+        swap_in(model, self.quantization_config)
+        if checkpoint_files:
+            check_files(model, checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        # `.half()` and `.float()` refuse models marked as quantised. Ours holds plain floats.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, LowRankLinear):
+                replace_linear(model, name, module.to_linear())
+        return model if dtype is None else model.to(dtype)
+
+
+def register() -> None:
+    """Make transformers know the format. Safe to call twice."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LowRankConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(LowRankQuantizer)
+
+
+def mark_compressed(model: nn.Module) -> None:
+    """Give a model in memory the configuration that `save_pretrained` writes for its factors."""
+    linears = {
+        name: {"rank": module.rank}
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear)
+    }
+    if not linears:
+        return
+    config = LowRankConfig(linears=linears)
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+
+
+def swap_in(model: nn.Module, config: LowRankConfig) -> None:
+    """Replace the listed linears by empty factors on the meta device.
+
+    Raises
+    ------
+    CheckpointError
+        If a name is no linear of the model, or a rank is larger than the linear.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for listed, entry in config.linears.items():
+        name = listed
+        linear = _submodule(model, name)
+        if linear is None and name.startswith(prefix):  # a bare backbone, without its head
+            name = name.removeprefix(prefix)
+            linear = _submodule(model, name)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"config.json lists {listed}, which is no linear of the model")
+        most = min(linear.in_features, linear.out_features)
+        if entry.rank > most:
+            raise CheckpointError(f"config.json gives {listed} rank {entry.rank}, over {most}")
+        replacement = LowRankLinear(
+            linear.in_features,
+            linear.out_features,
+            entry.rank,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        replace_linear(model, name, replacement)
+
+
+def check_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Hold the factors in the weight files' headers against the model.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is unreadable, or a factor is missing, of another shape, or not expected.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(f"{Path(file).name} is no safetensors file")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes |= {k: tuple(opened.get_slice(k).get_shape()) for k in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    wanted = {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear)
+        for key, tensor in module.state_dict().items()
+    }
+    if not wanted.keys() <= shapes.keys():
+        wanted = as_saved(model, wanted)
+    expected: set[str] = set()
+    for name, tensor in wanted.items():
+        full = name if name in shapes else f"{prefix}{name}"
+        if full not in shapes:
+            raise CheckpointError(f"the weight files lack {name}")
+        if shapes[full] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{full} has shape {shapes[full]}, config.json says {tuple(tensor.shape)}"
+            )
+        expected.add(full)
+    factors = {k for k in shapes if k.endswith((".latent.weight", ".expand.weight"))}
+    if factors - expected:
+        raise CheckpointError(
+            f"the weight files hold factors that config.json does not list: "
+            f"{sorted(factors - expected)[0]}"
+        )
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

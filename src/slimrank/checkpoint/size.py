@@ -1,0 +1,100 @@
+"""Bytes on disk, counted from tensors to the byte."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import _TYPES as TYPES
+from torch import Tensor, nn
+
+SHARD_SIZE = "50GB"  # the default of `save_pretrained`
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size of one safetensors file that holds these tensors, as `save_pretrained` writes it.
+
+    Eight bytes of length, a JSON header padded to eight bytes, the tensors end to end.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        May be on the meta device.
+
+    Examples
+    --------
+    >>> safetensors_bytes({"a": torch.zeros(2, 2)})
+    128
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    ordered = sorted(tensors.items(), key=lambda item: (-_alignment(item[1].dtype), item[0]))
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-text // 8) * 8 + offset
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors that `save_pretrained` writes: the state dict, a tied tensor once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    tied = {id(p) for p in model.parameters()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in tied:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def folder_bytes(model: nn.Module, ranks: Mapping[str, int] | None = None) -> int:
+    """Bytes of the weight files that `save_pretrained` would write for a model, shards included.
+
+    Parameters
+    ----------
+    model : nn.Module
+        May be on the meta device.
+    ranks : mapping of str to int, optional
+        Count these linears as factors of this rank instead of as they are.
+    """
+    tensors = {name: torch.empty_like(t, device="meta") for name, t in saved_tensors(model).items()}
+    for name, rank in (ranks or {}).items():
+        weight = tensors[f"{name}.weight"]
+        out_features, in_features = weight.shape
+        tensors[f"{name}.weight"] = weight.new_empty(0)
+        tensors[f"{name}.latent.weight"] = weight.new_empty(rank, in_features)
+        tensors[f"{name}.expand.weight"] = weight.new_empty(out_features, rank)
+    tensors = as_saved(model, tensors)
+    shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
+    return sum(
+        safetensors_bytes({name: tensors[name] for name in names})
+        for names in shards.filename_to_tensors.values()
+    )
+
+
+def as_saved(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename tensors from how a model calls them to how its checkpoints do, where that differs."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers before it told the two apart
+        return tensors
+    return dict(revert_weight_conversion(model, tensors))
+
+
+def weight_file_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _alignment(dtype: torch.dtype) -> int:
+    return torch.empty(0, dtype=dtype).element_size()

@@ -1,0 +1,48 @@
+"""Every error and warning that a caller may catch.
+
+Each type means one thing that can be acted on. The message says what happened, where, and what to do.
+"""
+
+
+class SlimrankError(Exception):
+    """The root of all errors that slimrank raises on purpose."""
+
+
+class RecipeError(SlimrankError, ValueError):
+    """The recipe is not valid: an unknown key, a value out of range, a target that matches nothing."""
+
+
+class BudgetError(SlimrankError, ValueError):
+    """No set of ranks meets the budget."""
+
+
+class TextError(SlimrankError, ValueError):
+    """The text is missing, empty, too short, or holds tokens the model does not know."""
+
+
+class ModelError(SlimrankError, ValueError):
+    """The model cannot be read, or is built in a way that slimrank does not support."""
+
+
+class CheckpointError(SlimrankError, ValueError):
+    """A folder does not hold what its configuration promises, or cannot be written."""
+
+
+class NumericalError(SlimrankError, ArithmeticError):
+    """A matrix is not finite, or a factorisation failed; nothing is put in its place."""
+
+
+class NotPositiveDefiniteError(NumericalError):
+    """A second moment has no Cholesky root, even after the last jitter."""
+
+
+class SlimrankWarning(UserWarning):
+    """The root of all warnings that slimrank gives."""
+
+
+class NumericalWarning(SlimrankWarning):
+    """A factorisation needed help (a jitter), or was fed too little data to be sure of."""
+
+
+class CoverageWarning(SlimrankWarning):
+    """Part of the model stays dense that a user may have expected to shrink."""

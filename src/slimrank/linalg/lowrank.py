@@ -1,0 +1,240 @@
+"""The one problem behind every method, and its two routes.
+
+For a weight ``W (out, in)`` whose outputs should be ``T x`` and inputs with second moment
+``S = E[x xᵀ]``, the map of rank r that minimises ``E ‖T x − W' x‖²`` is ``B_r B_rᵀ T``, where ``B_r``
+holds the top r eigenvectors of ``T S Tᵀ`` (Swift-SVD, arXiv 2604.01609, theorem 3.1; AA-SVD, arXiv
+2604.02119, theorem 3.2). No root and no inverse of ``S`` is needed to state it. The routes below
+differ in how they find ``B``, so in accuracy and cost, not in what they find.
+
+Swift-SVD writes ``Y = X W`` with rows as tokens; here ``W`` is PyTorch's ``(out, in)``, so its
+``V_k`` is our basis and its ``A_k = W V_k``, ``B_k = V_kᵀ`` are our ``right.mT`` and ``left.mT``.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from slimrank.linalg.psd import cholesky_with_jitter, require_finite, symmetric_root, symmetrize
+from slimrank.linalg.signs import fix_signs
+from slimrank.linalg.spectrum import tail_energy
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A matrix of low rank as a product.
+
+    Parameters
+    ----------
+    left : Tensor of shape (out, rank)
+    right : Tensor of shape (rank, in)
+        ``weight ≈ left @ right``.
+    """
+
+    left: Float[Tensor, "out rank"]
+    right: Float[Tensor, "rank in"]
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """Multiply the product out."""
+        return self.left @ self.right
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """All the best maps of low rank for one linear: made once, truncated to any rank.
+
+    Parameters
+    ----------
+    basis : Tensor of shape (out, k)
+        Orthonormal columns, best first, ``k = min(out, in)``.
+    target : Tensor of shape (out, in)
+        The best map of full rank.
+    singular_values : Tensor of shape (k,), float64
+        Descending; squares are the mean energy per token that each column carries.
+    jitter : float
+        What was added to the moment's diagonal to take a root; 0.0 in the inverse-free route.
+    """
+
+    basis: Float[Tensor, "out k"]
+    target: Float[Tensor, "out in"]
+    singular_values: Float[Tensor, " k"]
+    jitter: float = 0.0
+
+    @property
+    def energy(self) -> float:
+        """Loss of the zero map: the mean squared norm of the outputs."""
+        return float(self.singular_values.square().sum())
+
+    def loss(self, rank: int) -> float:
+        """Least mean squared error at a rank: the square of Swift-SVD's equation 4, over tokens."""
+        self._check(rank)
+        return float(tail_energy(self.singular_values)[rank])
+
+    def truncate(self, rank: int) -> Factors:
+        """Best factors of a rank. A smaller rank is a slice of a larger one.
+
+        Raises
+        ------
+        ValueError
+            If the rank is not within 0 and ``min(out, in)``.
+        """
+        self._check(rank)
+        left = self.basis[:, :rank].contiguous()
+        return Factors(left=left, right=left.mT @ self.target)
+
+    def _check(self, rank: int) -> None:
+        largest = len(self.singular_values)
+        if not 0 <= rank <= largest:
+            raise ValueError(f"rank {rank} is not within 0 and {largest}")
+
+
+def output_loss(
+    weight: Float[Tensor, "out in"],
+    factors: Factors,
+    moment: Float[Tensor, "in in"] | None = None,
+) -> float:
+    """Mean squared output error of given factors, ``tr(Δ S Δᵀ)`` with ``Δ = weight − left @ right``.
+
+    Unlike `Decomposition.loss` it looks at the factors themselves, so it also sees rounding.
+
+    Parameters
+    ----------
+    weight : Tensor of shape (out, in)
+    factors : Factors
+        Of any dtype; the arithmetic is float64.
+    moment : Tensor of shape (in, in), optional
+        Second moment of the inputs; the identity if left out.
+    """
+    gap = weight.double() - factors.left.double() @ factors.right.double()
+    seen = gap if moment is None else gap @ moment.to(gap)
+    return max(float((seen * gap).sum()), 0.0)
+
+
+def decompose_outputs(
+    target: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
+) -> Decomposition:
+    """Inverse-free route: eigenvectors of the second moment of the outputs.
+
+    A matrix with ``out <= in`` is solved from ``T S Tᵀ`` itself. A taller one is solved on the input
+    side, from ``Rᵀ Tᵀ T R`` with ``R Rᵀ = S``, which is smaller and has the same spectrum; the basis
+    is then an orthonormalised ``T R Q``. In neither is anything inverted, so too few tokens do no
+    harm. Where the data leave directions open (fewer tokens than rank), the weight itself settles
+    them: the remaining columns are the left singular vectors of what the others leave of ``T``.
+
+    Parameters
+    ----------
+    target : Tensor of shape (out, in)
+        The map to approximate. Solved in float64 whatever its dtype.
+    moment : Tensor of shape (in, in), optional
+        Second moment ``S`` of the inputs; the identity if left out, which is plain truncated SVD.
+
+    Returns
+    -------
+    Decomposition
+        In float64.
+
+    Raises
+    ------
+    NumericalError
+        If the weight or the moment is not finite.
+
+    References
+    ----------
+    Swift-SVD (arXiv 2604.01609), theorem 3.1, equations 3 and 4.
+
+    Examples
+    --------
+    Weights 1, 2, 3 under moments 100, 1, 1: the singular values are 10, 3, 2, rank 1 loses 9 + 4.
+
+    >>> weight = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    >>> solved = decompose_outputs(weight, torch.diag(torch.tensor([100.0, 1.0, 1.0])))
+    >>> [round(float(s), 9) for s in solved.singular_values], round(solved.loss(1), 9)
+    ([10.0, 3.0, 2.0], 13.0)
+    """
+    target = _checked(target, moment)
+    out_features, in_features = target.shape
+    if moment is None:
+        basis, values, _ = torch.linalg.svd(target, full_matrices=False)
+    elif out_features <= in_features:
+        output_moment = symmetrize(target @ moment.to(target) @ target.mT)
+        basis, values = _descending(output_moment)
+    else:
+        seen = target @ symmetric_root(symmetrize(moment.to(target)))
+        rotation, values = _descending(symmetrize(seen.mT @ seen))
+        basis = torch.linalg.qr(seen @ rotation).Q
+    if moment is not None:
+        basis = _settle_open_directions(basis, values, target)
+    return Decomposition(basis=fix_signs(basis), target=target, singular_values=values)
+
+
+def decompose_whitened(
+    target: Float[Tensor, "out in"], moment: Float[Tensor, "in in"]
+) -> Decomposition:
+    """Whitening route: singular vectors of ``T L`` with a Cholesky root ``L Lᵀ = S``.
+
+    SVD-LLM states its factors as ``U_k Σ_k V_kᵀ L⁻¹``. That equals ``U_k U_kᵀ T``, the form kept
+    here, so the root is used but never inverted. A singular moment has no root: a jitter is added,
+    with a warning, and the solution is then the optimum of the moment with the jitter in it.
+
+    Parameters
+    ----------
+    target : Tensor of shape (out, in)
+    moment : Tensor of shape (in, in)
+
+    Returns
+    -------
+    Decomposition
+        In float64.
+
+    Raises
+    ------
+    NumericalError
+        If the weight or the moment is not finite.
+    NotPositiveDefiniteError
+        If the moment has no root, even with the last jitter.
+
+    References
+    ----------
+    SVD-LLM (arXiv 2403.07378), section 3.1; AA-SVD (arXiv 2604.02119), theorem 3.2 with A = B.
+
+    Examples
+    --------
+    >>> weight = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    >>> solved = decompose_whitened(weight, torch.diag(torch.tensor([100.0, 1.0, 1.0])))
+    >>> round(solved.loss(1), 9)
+    13.0
+    """
+    target = _checked(target, moment)
+    root, jitter = cholesky_with_jitter(symmetrize(moment.to(target)))
+    basis, values, _ = torch.linalg.svd(target @ root, full_matrices=False)
+    return Decomposition(
+        basis=fix_signs(basis), target=target, singular_values=values, jitter=jitter
+    )
+
+
+def _checked(target: Tensor, moment: Tensor | None) -> Tensor:
+    """Refuse what is not finite, and go to float64."""
+    require_finite(target, "the weight")
+    if moment is not None:
+        require_finite(moment, "the second moment")
+    return target.detach().double()
+
+
+def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and the roots of the eigenvalues, largest first."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
+    return eigenvectors.flip(1), eigenvalues.flip(0).clamp_min(0).sqrt()
+
+
+def _settle_open_directions(basis: Tensor, values: Tensor, target: Tensor) -> Tensor:
+    """Where no energy is left to order the columns, order them by what they carry of the weight."""
+    squares = values.square()
+    floor = squares[0] * len(squares) * torch.finfo(squares.dtype).eps
+    known = int((squares > floor).sum())
+    if known == len(squares):
+        return basis
+    kept = basis[:, :known]
+    rest = target - kept @ (kept.mT @ target)
+    columns = torch.linalg.svd(rest, full_matrices=False).U[:, : len(squares) - known]
+    return torch.linalg.qr(torch.cat([kept, columns], dim=1)).Q

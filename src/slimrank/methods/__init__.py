@@ -1,0 +1,6 @@
+"""One file a method: which moments go into the one problem."""
+
+from slimrank.methods.base import Method
+from slimrank.methods.registry import METHODS, method_by_name
+
+__all__ = ["METHODS", "Method", "method_by_name"]

@@ -1,0 +1,5 @@
+"""Modules that run."""
+
+from slimrank.nn.low_rank_linear import LowRankLinear
+
+__all__ = ["LowRankLinear"]

@@ -1,0 +1,184 @@
+"""What to do: frozen, checked, read from YAML and written back."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from slimrank.allocation import Budget
+from slimrank.errors import BudgetError, RecipeError
+from slimrank.methods import method_by_name
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class BudgetRecipe(_Frozen):
+    """How much to keep (see `slimrank.allocation.Budget`)."""
+
+    param_ratio: float = Field(description="Parameters kept over parameters before, in (0, 1].")
+    scope: Literal["targets", "model"] = "targets"
+    multiple_of: int = 1
+    min_rank: int = 1
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        self.budget()
+        return self
+
+    def budget(self) -> Budget:
+        """Make the budget that the allocation takes."""
+        return Budget(self.param_ratio, self.scope, self.multiple_of, self.min_rank)
+
+
+class CalibrationRecipe(_Frozen):
+    """Which text the moments come from."""
+
+    source: tuple[str, ...] = Field(
+        default=(),
+        description="Text files, folders of them, or one hub data set; none is the packaged sample.",
+    )
+    subset: str | None = Field(default=None, description="Configuration of a hub data set.")
+    split: str = Field(default="train", description="Split of a hub data set.")
+    text_column: str = Field(default="text", description="Column of text in JSON lines or a set.")
+    num_sequences: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class CompressionRecipe(_Frozen):
+    """All that decides the result; how to run it is in `CompressionOptions`.
+
+    Parameters
+    ----------
+    budget : BudgetRecipe
+        How much to keep.
+    method : str
+        A name from `slimrank.methods.METHODS`.
+    allocation : {'uniform'}
+        How the budget is shared out.
+    calibration : CalibrationRecipe
+        Text, windows and seed.
+    targets : tuple of str, optional
+        Linears to compress; all of the decoder blocks if left out.
+    ignore : tuple of str
+        Linears to leave dense.
+    blocks : str, optional
+        Dotted name of the block list, where it cannot be told.
+    dtype : str
+        To load and store the model in: auto, float32, bfloat16 or float16.
+
+    Examples
+    --------
+    >>> recipe = CompressionRecipe(budget={"param_ratio": 0.8})
+    >>> recipe.method, recipe.budget.param_ratio
+    ('swift-svd', 0.8)
+    >>> CompressionRecipe.from_yaml(recipe.to_yaml()) == recipe
+    True
+    """
+
+    version: Literal[1] = 1
+    method: str = "swift-svd"
+    budget: BudgetRecipe
+    allocation: Literal["uniform"] = "uniform"
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+    blocks: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        method_by_name(name)
+        return name
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "recipe") -> Self:
+        """Check a mapping.
+
+        Raises
+        ------
+        RecipeError
+            With the first thing that is wrong, in one line.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                message = f"unknown key; there are {', '.join(_keys_beside(cls, first['loc']))}"
+            kind = BudgetError if "param_ratio" in str(first["input"]) else RecipeError
+            raise kind(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
+
+    @classmethod
+    def from_yaml(cls, text: str, where: str = "recipe") -> Self:
+        """Read YAML.
+
+        Raises
+        ------
+        RecipeError
+            If it is no YAML, or no recipe.
+        """
+        return cls.from_dict(parse_yaml(text, where), where)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a YAML file."""
+        return cls.from_yaml(read_recipe_text(path), str(path))
+
+    def to_yaml(self) -> str:
+        """Write all settings, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all settings."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def read_recipe_text(path: str | Path) -> str:
+    """Text of a recipe file.
+
+    Raises
+    ------
+    RecipeError
+        If it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Parse YAML into a mapping.
+
+    Raises
+    ------
+    RecipeError
+        If it is no YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise RecipeError(f"{where}: not YAML: {line}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values")
+    return values
+
+
+def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys that are allowed where an unknown one stood."""
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        model = annotation
+    return list(model.model_fields)

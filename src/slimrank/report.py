@@ -1,0 +1,190 @@
+"""What was done: frozen, written as JSON beside the weights."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from slimrank.errors import CheckpointError
+from slimrank.recipe import CompressionRecipe
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SizeReport(_Frozen):
+    """The budget line: what was kept, by every definition that is in use.
+
+    Parameters
+    ----------
+    target_params_before, target_params : int
+        Of the targeted linears, biases left out.
+    model_params_before, model_params : int
+        Of everything, embeddings and head included, a tied matrix counted once.
+    weight_bytes_before, weight_bytes : int
+        Of the weight files on disk; before, as `save_pretrained` writes the dense model in the same
+        dtype.
+    int8_bytes : int
+        Of the dense model with the linears of its blocks in int8, one scale of two bytes for each
+        output, and all else as stored.
+    """
+
+    target_params_before: int
+    target_params: int
+    model_params_before: int
+    model_params: int
+    weight_bytes_before: int
+    weight_bytes: int
+    int8_bytes: int
+
+    def line(self) -> str:
+        """All of it in one line.
+
+        Examples
+        --------
+        >>> SizeReport(target_params_before=100, target_params=80, model_params_before=200,
+        ...     model_params=180, weight_bytes_before=400_000_000, weight_bytes=360_000_000,
+        ...     int8_bytes=300_000_000).line()
+        'kept 80.0 % (removed 20.0 %) of the targeted linears, 90.0 % (10.0 %) of the whole model; 400.0 -> 360.0 MB on disk (int8 of the dense model: 300.0 MB)'
+        """  # noqa: E501
+        targets = 100 * self.target_params / self.target_params_before
+        model = 100 * self.model_params / self.model_params_before
+        return (
+            f"kept {targets:.1f} % (removed {100 - targets:.1f} %) of the targeted linears, "
+            f"{model:.1f} % ({100 - model:.1f} %) of the whole model; "
+            f"{self.weight_bytes_before / 1e6:.1f} -> {self.weight_bytes / 1e6:.1f} MB on disk "
+            f"(int8 of the dense model: {self.int8_bytes / 1e6:.1f} MB)"
+        )
+
+
+class LinearReport(_Frozen):
+    """One linear. Losses are shares of the energy of its outputs (of its weight, for `svd`).
+
+    Parameters
+    ----------
+    name : str
+    rank : int or None
+        None if it stayed dense.
+    params_before, params : int
+    tokens : int
+        Calibration tokens that reached it; 0 if the method needs none.
+    effective_rank : float or None
+        Of the outputs' spectrum.
+    predicted_loss : float
+        What the singular values promise.
+    measured_loss : float
+        What the float64 factors give, over all calibration tokens.
+    stored_loss : float
+        The same for the factors as stored, rounded to the model's dtype.
+    token_check : float or None
+        Relative gap between the error of the stored factors on the tokens of the last batch, taken
+        token by token, and the same error from that batch's second moment.
+    jitter : float
+        Added to the moment's diagonal, 0.0 if nothing was.
+    seconds : float
+        Of the solve.
+    """
+
+    name: str
+    rank: int | None
+    params_before: int
+    params: int
+    tokens: int
+    effective_rank: float | None = None
+    predicted_loss: float = 0.0
+    measured_loss: float = 0.0
+    stored_loss: float = 0.0
+    token_check: float | None = None
+    jitter: float = 0.0
+    seconds: float = 0.0
+
+
+class PlannedLinear(_Frozen):
+    """A linear and the rank it is to get; None leaves it dense."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    params_before: int
+    params: int
+
+
+class PlanReport(_Frozen):
+    """What a recipe would do, before any work.
+
+    Parameters
+    ----------
+    model : str
+    method : str
+    size : SizeReport
+        Exact: it follows from shapes.
+    linears : tuple of PlannedLinear
+        In call order.
+    memory_bytes : dict of str to int
+        Estimate of resident memory while calibrating, by what holds it; ``total`` is their sum.
+    inputs : int
+        Second moments to be summed, one for each distinct input.
+    warnings : tuple of str
+    """
+
+    model: str
+    method: str
+    size: SizeReport
+    linears: tuple[PlannedLinear, ...]
+    memory_bytes: dict[str, int]
+    inputs: int
+    warnings: tuple[str, ...]
+
+
+class CompressionReport(_Frozen):
+    """The whole run.
+
+    Parameters
+    ----------
+    model : str
+        Where the dense model came from.
+    recipe : CompressionRecipe
+    recipe_fingerprint, calibration_fingerprint : str
+        SHA-256 of the settings, and of the token ids that were used; empty if none were.
+    tokens : int
+        Calibration tokens.
+    size : SizeReport
+    linears : tuple of LinearReport
+        In call order.
+    seconds : dict of str to float
+        Of each phase.
+    peak_bytes : int
+        Largest resident memory of the process up to the end of the run.
+    environment : dict of str to str
+        Versions, platform, device, threads.
+    warnings : tuple of str
+    """
+
+    model: str
+    recipe: CompressionRecipe
+    recipe_fingerprint: str
+    calibration_fingerprint: str
+    tokens: int
+    size: SizeReport
+    linears: tuple[LinearReport, ...]
+    seconds: dict[str, float]
+    peak_bytes: int
+    environment: dict[str, str]
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Self:
+        """Read what `model_dump_json` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            If it is no report.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError(f"{where} is no report: {key}: {first['msg']}") from error

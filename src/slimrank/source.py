@@ -1,0 +1,168 @@
+"""Where a dense model comes from: a folder, a hub id, or a GGUF file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from slimrank.errors import ModelError, NumericalError, TextError
+from slimrank.nn import LowRankLinear
+
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A name that a user gave, told apart.
+
+    Parameters
+    ----------
+    name : str
+        As given.
+    location : str
+        What transformers takes first.
+    options : dict
+        What else it takes: the GGUF file, if it is one.
+    """
+
+    name: str
+    location: str
+    options: dict[str, Any]
+
+    @property
+    def is_gguf(self) -> bool:
+        """True if the weights come from a GGUF file; they are dequantised."""
+        return "gguf_file" in self.options
+
+
+def parse_source(name: str | Path) -> Source:
+    """Tell a folder, a GGUF file and a hub id apart.
+
+    Raises
+    ------
+    ModelError
+        If it looks like a path and nothing is there.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such GGUF file: {name}")
+        return Source(str(name), str(path.parent), {"gguf_file": path.name})
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} holds no config.json; it is no model folder")
+        return Source(str(name), str(path), {})
+    if path.exists():
+        raise ModelError(f"{name} is a file; give a model folder, a hub id or a .gguf file")
+    looks_like_path = path.is_absolute() or str(name).startswith((".", "~"))
+    if looks_like_path or len(path.parts) > 2:
+        raise ModelError(f"no such model folder: {name}")
+    return Source(str(name), str(name), {})
+
+
+def load_model(source: Source, dtype: str = "auto") -> Any:
+    """Load a causal language model in eval mode, and see that all its weights are there and finite.
+
+    Raises
+    ------
+    ModelError
+        If it cannot be loaded, is no causal language model, or lacks weights.
+    NumericalError
+        If a weight is NaN or infinite.
+    """
+    options = dict(source.options)
+    if source.is_gguf:
+        options |= _dequantized()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.location, dtype=dtype, output_loading_info=True, **options
+        )
+    except LOAD_ERRORS as error:
+        raise ModelError(f"cannot load {source.name}: {_reason(error)}") from error
+    if source.is_gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    lost = [str(key) for key in info["missing_keys"]]
+    if lost:
+        raise ModelError(f"{source.name} lacks {len(lost)} weights, such as {sorted(lost)[0]}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise NumericalError(f"{source.name}: {name} holds NaN or infinite weights")
+    return model.eval()
+
+
+def load_skeleton(source: Source, dtype: str = "auto") -> Any:
+    """Build the model on the meta device from its configuration alone; no weight is read.
+
+    Raises
+    ------
+    ModelError
+        If there is no configuration, or none of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source.location, **source.options)
+        wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=wanted or torch.float32).eval()
+    except LOAD_ERRORS as error:
+        raise ModelError(f"cannot read {source.name}: {_reason(error)}") from error
+
+
+def load_tokenizer(source: Source) -> Any:
+    """Load the model's tokenizer.
+
+    Raises
+    ------
+    TextError
+        If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source.location, **source.options)
+    except LOAD_ERRORS as error:
+        raise TextError(f"{source.name} has no tokenizer: {_reason(error)}") from error
+
+
+def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
+    """Token ids of a text, shape (tokens,), with what the tokenizer adds at its start.
+
+    Raises
+    ------
+    TextError
+        If the text gives no token.
+    """
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if ids.numel() == 0:
+        raise TextError("the text is empty: it gives no token")
+    return ids.to(torch.int64)  # type: ignore[no-any-return]
+
+
+def require_dense(model: Any, name: str) -> None:
+    """Refuse a model that is compressed or quantised already.
+
+    Raises
+    ------
+    ModelError
+    """
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise ModelError(f"{name} is compressed already; start from the dense model")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(f"{name} is quantised; compress first, quantise afterwards")
+
+
+def _dequantized() -> dict[str, Any]:
+    """Ask for plain floats, where transformers would keep GGUF blocks packed."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _reason(error: Exception) -> str:
+    """First sentence or so of what transformers says, in one line."""
+    text = " ".join(str(error).split())
+    if "Unrecognized configuration class" in text:
+        return "it is no causal language model"
+    return text[:300]
