@@ -323,9 +323,7 @@ def _gathered_warnings() -> Iterator[list[str]]:
             str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)
         )
     for warning in caught:
-        warnings.warn_explicit(
-            warning.message, warning.category, warning.filename, warning.lineno
-        )
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _peak_bytes() -> int:

@@ -1,6 +1,7 @@
 """Every error and warning that a caller may catch.
 
-Each type means one thing that can be acted on. The message says what happened, where, and what to do.
+Each type means one thing that can be acted on. The message says what happened, where, and what to
+do.
 """
 
 
@@ -9,7 +10,7 @@ class SlimrankError(Exception):
 
 
 class RecipeError(SlimrankError, ValueError):
-    """The recipe is not valid: an unknown key, a value out of range, a target that matches nothing."""
+    """The recipe is not valid: unknown key, value out of range, target that matches nothing."""
 
 
 class BudgetError(SlimrankError, ValueError):

@@ -149,7 +149,8 @@ def calibration_memory(
     if shapes:
         # Weight, target and basis, the output moment and what its eigenvectors take; all float64.
         result["solve"] = max(
-            8 * (3 * s.dense_params + 4 * min(s.out_features, s.in_features) ** 2 + s.in_features**2)
+            8
+            * (3 * s.dense_params + 4 * min(s.out_features, s.in_features) ** 2 + s.in_features**2)
             for s in shapes
         )
     if method_by_name(recipe.method).needs_moments:
@@ -168,4 +169,3 @@ def calibration_memory(
         )
     result["total"] = sum(result.values())
     return result
-

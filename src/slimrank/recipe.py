@@ -41,7 +41,7 @@ class CalibrationRecipe(_Frozen):
 
     source: tuple[str, ...] = Field(
         default=(),
-        description="Text files, folders of them, or one hub data set; none is the packaged sample.",
+        description="Text files, folders or a hub data set; none is the packaged sample.",
     )
     subset: str | None = Field(default=None, description="Configuration of a hub data set.")
     split: str = Field(default="train", description="Split of a hub data set.")

@@ -87,9 +87,7 @@ def run_block(block: nn.Module, index: int, batch: Batch) -> Batch:
     return replace(batch, hidden=hidden.cpu())
 
 
-def _record(
-    model: nn.Module, anatomy: Anatomy, ids: Tensor
-) -> tuple[Tensor, tuple[Call, ...]]:
+def _record(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
     calls: list[Call] = []
     hidden: list[Tensor] = []
     device = next(model.parameters()).device

@@ -1,18 +1,21 @@
 """The folder on disk: what a loader needs, and how it is written, checked and read."""
 
 from slimrank.checkpoint.config import LowRankConfig, LowRankLinearConfig
+from slimrank.checkpoint.contents import FolderContents, read_folder
 from slimrank.checkpoint.folder import read_report, require_writable, write_folder
 from slimrank.checkpoint.loading import load
 from slimrank.checkpoint.quantizer import LowRankQuantizer, mark_compressed, register
 from slimrank.checkpoint.size import folder_bytes, safetensors_bytes, weight_file_bytes
 
 __all__ = [
+    "FolderContents",
     "LowRankConfig",
     "LowRankLinearConfig",
     "LowRankQuantizer",
     "folder_bytes",
     "load",
     "mark_compressed",
+    "read_folder",
     "read_report",
     "register",
     "require_writable",

@@ -6,11 +6,9 @@ random numbers and goes on.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -21,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
-from slimrank.checkpoint.size import as_saved
+from slimrank.checkpoint.size import as_saved, read_headers
 from slimrank.errors import CheckpointError
 from slimrank.model import replace_linear
 from slimrank.nn import LowRankLinear
@@ -79,7 +77,7 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(LowRankQuantizer)
 
 
-def mark_compressed(model: nn.Module) -> None:
+def mark_compressed(model: Any) -> None:
     """Give a model in memory the configuration that `save_pretrained` writes for its factors."""
     linears = {
         name: {"rank": module.rank}
@@ -89,8 +87,8 @@ def mark_compressed(model: nn.Module) -> None:
     if not linears:
         return
     config = LowRankConfig(linears=linears)
-    model.config.quantization_config = config  # type: ignore[union-attr]
-    model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.config.quantization_config = config
+    model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
 
 
 def swap_in(model: nn.Module, config: LowRankConfig) -> None:
@@ -132,15 +130,7 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     CheckpointError
         If a file is unreadable, or a factor is missing, of another shape, or not expected.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{Path(file).name} is no safetensors file")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                shapes |= {k: tuple(opened.get_slice(k).get_shape()) for k in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
+    shapes = {name: tuple(t.shape) for name, t in read_headers(files).items()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     wanted = {
         f"{name}.{key}": tensor

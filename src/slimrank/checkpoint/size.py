@@ -1,13 +1,16 @@
-"""Bytes on disk, counted from tensors to the byte."""
+"""Tensors on disk: their headers, and their bytes, to the byte."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as TYPES
 from torch import Tensor, nn
+
+from slimrank.errors import CheckpointError
 
 SHARD_SIZE = "50GB"  # the default of `save_pretrained`
 NAMES = {dtype: name for name, dtype in TYPES.items()}
@@ -94,6 +97,29 @@ def as_saved(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def weight_file_bytes(folder: Path) -> int:
     """Bytes of the safetensors files of a folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def read_headers(files: Iterable[str | Path]) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of the tensors in weight files, as tensors on the meta device.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is no safetensors file, or a damaged one.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if Path(file).suffix != ".safetensors":
+            raise CheckpointError(f"{Path(file).name} is no safetensors file")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    part = opened.get_slice(name)
+                    dtype = TYPES[part.get_dtype()]
+                    tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    return tensors
 
 
 def _alignment(dtype: torch.dtype) -> int:

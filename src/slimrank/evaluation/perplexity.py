@@ -12,6 +12,7 @@ from slimrank.calibration import TokenWindows
 from slimrank.errors import NumericalError, TextError
 from slimrank.evaluation.result import EvalResult
 
+CHUNK = 512  # tokens whose logits are in float32 at once
 Track = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
 
 
@@ -101,7 +102,7 @@ def _windows(ids: Tensor, length: int, num_windows: int | None) -> TokenWindows:
     available = len(ids) // length
     if num_windows is not None and not 1 <= num_windows <= available:
         raise TextError(f"{num_windows} windows were asked for; the text holds {available}")
-    pieces = ids.split(length)
+    pieces: tuple[Tensor, ...] = torch.split(ids, length)
     if num_windows is not None:
         pieces = pieces[:num_windows]
     elif len(pieces[-1]) < 2:
@@ -114,10 +115,10 @@ def _window_loss(model: nn.Module, window: Tensor, number: int) -> tuple[float, 
     device = next(model.parameters(), window).device
     window = window.to(device)
     logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-    loss = sum(
-        float(nn.functional.cross_entropy(part.float(), labels, reduction="sum"))
-        for part, labels in zip(logits.split(512), window[1:].split(512), strict=True)
-    )
+    loss = 0.0
+    for start in range(0, len(logits), CHUNK):
+        part, labels = logits[start : start + CHUNK], window[1 + start : 1 + start + CHUNK]
+        loss += float(nn.functional.cross_entropy(part.float(), labels, reduction="sum"))
     if not math.isfinite(loss):
         raise NumericalError(
             f"the loss of window {number} is {loss}; the model or its dtype is broken, and no "

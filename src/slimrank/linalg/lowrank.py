@@ -1,10 +1,10 @@
 """The one problem behind every method, and its two routes.
 
 For a weight ``W (out, in)`` whose outputs should be ``T x`` and inputs with second moment
-``S = E[x xᵀ]``, the map of rank r that minimises ``E ‖T x − W' x‖²`` is ``B_r B_rᵀ T``, where ``B_r``
-holds the top r eigenvectors of ``T S Tᵀ`` (Swift-SVD, arXiv 2604.01609, theorem 3.1; AA-SVD, arXiv
-2604.02119, theorem 3.2). No root and no inverse of ``S`` is needed to state it. The routes below
-differ in how they find ``B``, so in accuracy and cost, not in what they find.
+``S = E[x xᵀ]``, the map of rank r that minimises ``E ‖T x − W' x‖²`` is ``B_r B_rᵀ T``, where
+``B_r`` holds the top r eigenvectors of ``T S Tᵀ`` (Swift-SVD, arXiv 2604.01609, theorem 3.1;
+AA-SVD, arXiv 2604.02119, theorem 3.2). No root and no inverse of ``S`` is needed to state it. The routes
+below differ in how they find ``B``, so in accuracy and cost, not in what they find.
 
 Swift-SVD writes ``Y = X W`` with rows as tokens; here ``W`` is PyTorch's ``(out, in)``, so its
 ``V_k`` is our basis and its ``A_k = W V_k``, ``B_k = V_kᵀ`` are our ``right.mT`` and ``left.mT``.
@@ -94,7 +94,7 @@ def output_loss(
     factors: Factors,
     moment: Float[Tensor, "in in"] | None = None,
 ) -> float:
-    """Mean squared output error of given factors, ``tr(Δ S Δᵀ)`` with ``Δ = weight − left @ right``.
+    """Mean squared output error of given factors: ``tr(Δ S Δᵀ)``, ``Δ = weight − left @ right``.
 
     Unlike `Decomposition.loss` it looks at the factors themselves, so it also sees rounding.
 
@@ -116,11 +116,12 @@ def decompose_outputs(
 ) -> Decomposition:
     """Inverse-free route: eigenvectors of the second moment of the outputs.
 
-    A matrix with ``out <= in`` is solved from ``T S Tᵀ`` itself. A taller one is solved on the input
-    side, from ``Rᵀ Tᵀ T R`` with ``R Rᵀ = S``, which is smaller and has the same spectrum; the basis
-    is then an orthonormalised ``T R Q``. In neither is anything inverted, so too few tokens do no
-    harm. Where the data leave directions open (fewer tokens than rank), the weight itself settles
-    them: the remaining columns are the left singular vectors of what the others leave of ``T``.
+    A matrix with ``out <= in`` is solved from ``T S Tᵀ`` itself. A taller one is solved on the
+    input side, from ``Rᵀ Tᵀ T R`` with ``R Rᵀ = S``, which is smaller and has the same spectrum;
+    the basis is then an orthonormalised ``T R Q``. In neither is anything inverted, so too few
+    tokens do no harm. Where the data leave directions open (fewer tokens than rank), the weight
+    settles them: the remaining columns are the left singular vectors of what the others leave of
+    ``T``.
 
     Parameters
     ----------
@@ -237,4 +238,5 @@ def _settle_open_directions(basis: Tensor, values: Tensor, target: Tensor) -> Te
     kept = basis[:, :known]
     rest = target - kept @ (kept.mT @ target)
     columns = torch.linalg.svd(rest, full_matrices=False).U[:, : len(squares) - known]
-    return torch.linalg.qr(torch.cat([kept, columns], dim=1)).Q
+    settled: Tensor = torch.linalg.qr(torch.cat([kept, columns], dim=1)).Q
+    return settled

@@ -5,6 +5,7 @@ mean of ``x xᵀ`` over tokens.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -98,7 +99,7 @@ class MomentAccumulator:
     def _add(self, tokens: Float[Tensor, "tokens features"]) -> None:
         """Add the lower triangle of ``tokensᵀ tokens``, one stripe of rows at a time."""
         edges = [self.features * i // STRIPES for i in range(STRIPES + 1)]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             if start < end:
                 product = tokens[:, start:end].mT @ tokens[:, :end]
                 self._sums[start:end, :end] += product.to(self._sums.device)

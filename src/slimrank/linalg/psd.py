@@ -110,4 +110,5 @@ def symmetric_root(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """
     require_finite(matrix, "the second moment")
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return eigenvectors * eigenvalues.clamp_min(0).sqrt()
+    root: Tensor = eigenvectors * eigenvalues.clamp_min(0).sqrt()
+    return root

@@ -8,7 +8,10 @@ from torch import Tensor
 def effective_rank(singular_values: Float[Tensor, " k"]) -> float:
     r"""Effective rank: the exponential of the entropy of the normalised singular values.
 
-    .. math:: \operatorname{erank} = \exp\Bigl(-\sum_i p_i \ln p_i\Bigr), \quad p_i = \sigma_i / \sum_j \sigma_j
+    .. math::
+
+        \operatorname{erank} = \exp\Bigl(-\sum_i p_i \ln p_i\Bigr), \quad
+        p_i = \sigma_i / \sum_j \sigma_j
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a method is: a name, what it needs, and a call from weight and moments to a decomposition."""
+"""What a method is: a name, its needs, and a call from weight and moments to a decomposition."""
 
 from typing import ClassVar, Protocol, runtime_checkable
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from slimrank.allocation import LinearShape
@@ -117,9 +118,9 @@ def block_path(model: nn.Module, path: str | None = None) -> str:
         raise ModelError(f"{kind} has no list of blocks that hold linears; nothing to compress")
     if len(outermost) > 1:
         raise ModelError(
-            f"{kind} has several lists of blocks, {outermost}; name one with the recipe key 'blocks'"
+            f"{kind} has several lists of blocks, {outermost}; name one in the recipe: 'blocks'"
         )
-    return outermost[0]
+    return str(outermost[0])
 
 
 def list_sites(model: nn.Module, path: str) -> list[LinearSite]:
@@ -142,7 +143,7 @@ def list_sites(model: nn.Module, path: str) -> list[LinearSite]:
     fused: list[str] = []
     for index, block in enumerate(_blocks(model, path)):
         routers = set(_routers(block))
-        fused += [f"{path}.{index}.{n}" for n, p in block.named_parameters() if p.ndim > 2]
+        fused += [f"{path}.{index}.{n}" for n in _fused_tensors(block)]
         for local, module in block.named_modules():
             name = f"{path}.{index}.{local}"
             if isinstance(module, Conv1D):
@@ -249,6 +250,15 @@ def _routers(block: nn.Module) -> Iterator[nn.Linear]:
         for child in children:
             if isinstance(child, nn.Linear) and child.out_features in counts:
                 yield child
+
+
+def _fused_tensors(block: nn.Module) -> Iterator[str]:
+    """Parameters of three axes outside convolutions: many matrices in one tensor."""
+    for name, module in block.named_modules():
+        if not isinstance(module, _ConvNd):
+            for local, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 2:
+                    yield f"{name}.{local}"
 
 
 def _recorder(name: str, calls: list[tuple[str, Tensor]]) -> Any:

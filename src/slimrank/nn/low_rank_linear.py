@@ -67,12 +67,15 @@ class LowRankLinear(nn.Module):
             ``left (out, rank)`` and ``right (rank, in)``; cast once, to the linear's dtype.
         """
         rank = factors.right.shape[0]
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, rank, bias=False)
-        layer.latent.weight = nn.Parameter(factors.right.to(**place), linear.weight.requires_grad)
-        layer.expand.weight = nn.Parameter(factors.left.to(**place), linear.weight.requires_grad)
-        layer.weight = torch.empty(0, **place)
+        layer.latent.weight = nn.Parameter(
+            factors.right.to(linear.weight), linear.weight.requires_grad
+        )
+        layer.expand.weight = nn.Parameter(
+            factors.left.to(linear.weight), linear.weight.requires_grad
+        )
+        layer.weight = torch.empty_like(linear.weight[:0, 0]).detach()
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -88,7 +91,7 @@ class LowRankLinear(nn.Module):
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=False)
         linear.weight = nn.Parameter(weight, self.latent.weight.requires_grad)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""The command line: parses and prints, computes nothing."""
+
+import typer
+
+from slimrank.cli.compress import compress_command
+from slimrank.cli.demo import demo_command
+from slimrank.cli.evaluate import evaluate_command
+from slimrank.cli.inspect import inspect_command
+from slimrank.cli.output import version_option
+from slimrank.cli.plan import plan_command
+
+app = typer.Typer(
+    name="slimrank",
+    help="Make a causal language model smaller by activation-aware low-rank factorisation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.callback()(version_option)
+app.command("compress")(compress_command)
+app.command("plan")(plan_command)
+app.command("inspect")(inspect_command)
+app.command("evaluate")(evaluate_command)
+app.command("demo")(demo_command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+__all__ = ["app", "main"]

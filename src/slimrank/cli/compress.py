@@ -1,0 +1,86 @@
+"""``slimrank compress``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimrank.cli import options as opt
+from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span, track
+from slimrank.compression import CompressionOptions, compress
+from slimrank.report import CompressionReport, LinearReport
+
+
+@friendly
+def compress_command(
+    model: opt.Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    keep: opt.Keep = None,
+    method: opt.MethodName = None,
+    scope: opt.Scope = None,
+    multiple_of: opt.MultipleOf = None,
+    calibration: opt.Calibration = None,
+    num_sequences: opt.NumSequences = None,
+    sequence_length: opt.SequenceLength = None,
+    seed: opt.Seed = None,
+    targets: opt.Targets = None,
+    ignore: opt.Ignore = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    batch_size: opt.BatchSize = None,
+    recipe: opt.Recipe = None,
+    json: opt.Json = False,
+) -> None:
+    """Compress MODEL and write it to OUT, checked."""
+    wanted = opt.build_recipe(
+        recipe,
+        budget__param_ratio=keep,
+        budget__scope=scope,
+        budget__multiple_of=multiple_of,
+        method=method,
+        calibration__source=calibration,
+        calibration__num_sequences=num_sequences,
+        calibration__sequence_length=sequence_length,
+        calibration__seed=seed,
+        targets=targets,
+        ignore=ignore,
+        dtype=dtype,
+    )
+    how = CompressionOptions(device=device, batch_size=batch_size, track=track)
+    report = compress(model, wanted, out=out, options=how)
+    if json:
+        print_json(report.model_dump_json(indent=1))
+        return
+    print_losses(report)
+    print_size(report.size)
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
+    typer.echo(f"{seconds}; peak memory {report.peak_bytes / 1e9:.2f} GB")
+    typer.echo(f"written to {out}, read back and compared")
+
+
+def print_losses(report: CompressionReport) -> None:
+    """Sum the linears up by role."""
+    by_role: dict[str, list[LinearReport]] = {}
+    for linear in report.linears:
+        by_role.setdefault(role(linear.name), []).append(linear)
+    rows = []
+    for name, linears in by_role.items():
+        low = [x for x in linears if x.rank is not None]
+        rows.append(
+            (
+                name,
+                len(linears),
+                len(linears) - len(low),
+                span([x.rank for x in low if x.rank is not None]) if low else "-",
+                *(
+                    f"{sum(getattr(x, loss) for x in low) / max(len(low), 1):.5f}"
+                    for loss in ("predicted_loss", "measured_loss", "stored_loss")
+                ),
+            )
+        )
+    what = "weight" if report.tokens == 0 else "output"
+    print_table(
+        f"{report.recipe.method}: mean relative {what} error (squared)",
+        ("linear", "count", "dense", "rank", "predicted", "measured", "as stored"),
+        rows,
+    )

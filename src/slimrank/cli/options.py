@@ -1,0 +1,85 @@
+"""Options that several commands share, and how they become a recipe."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimrank.methods import METHODS
+from slimrank.recipe import CompressionRecipe, parse_yaml, read_recipe_text
+
+Model = Annotated[str, typer.Argument(help="A model folder, a hub id, or a .gguf file.")]
+Keep = Annotated[
+    float | None,
+    typer.Option(help="Share of parameters that stay, in (0, 1]. Needed unless a recipe says it."),
+]
+MethodName = Annotated[
+    str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: swift-svd]")
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        help="What --keep is a share of: the targeted linears ('targets') or everything in the "
+        "model ('model'). [default: targets]"
+    ),
+]
+MultipleOf = Annotated[int | None, typer.Option(help="Ranks are multiples of this. [default: 1]")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text file, folder or hub data set; may be given more than once. "
+        "[default: the packaged sample]"
+    ),
+]
+NumSequences = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128]")]
+SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each. [default: 2048]")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the draw of sequences. [default: 0]")]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Linears to compress: a name, its last parts, a shell pattern, or re: and a regular "
+        "expression; may be given more than once. [default: all of the decoder blocks]"
+    ),
+]
+Ignore = Annotated[list[str] | None, typer.Option(help="Linears to leave dense, named alike.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Load and store in auto, float32, bfloat16 or float16. [default: auto]"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: cpu]")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Sequences at once. [default: about 4,096 tokens]", min=1)
+]
+Recipe = Annotated[
+    Path | None, typer.Option(help="YAML recipe; flags given beside it take precedence.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def build_recipe(recipe: Path | None, **flags: Any) -> CompressionRecipe:
+    """Make a recipe from a YAML file, if any, and the flags that were given.
+
+    Parameters
+    ----------
+    recipe : Path, optional
+    **flags
+        By the dotted key they set, with ``__`` for the dot; None is not given.
+
+    Raises
+    ------
+    RecipeError, BudgetError
+        If the result is no valid recipe.
+    """
+    where = str(recipe) if recipe else "recipe"
+    values = parse_yaml(read_recipe_text(recipe), where) if recipe else {}
+    for key, value in flags.items():
+        if value is None or value == []:
+            continue
+        *parents, last = key.split("__")
+        place = values
+        for parent in parents:
+            below = place.setdefault(parent, {})
+            place = below if isinstance(below, dict) else {}
+        place[last] = value
+    values.setdefault("budget", {})
+    return CompressionRecipe.from_dict(values, where)

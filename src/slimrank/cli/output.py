@@ -1,0 +1,147 @@
+"""What all commands print alike: errors in one line, progress on stderr, tables."""
+
+import functools
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+import slimrank
+from slimrank.errors import SlimrankError, SlimrankWarning
+from slimrank.report import SizeReport
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+stderr = Console(stderr=True, highlight=False)
+
+
+def friendly(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn our errors and those of the disk into one line and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        with warnings.catch_warnings(), _terminates_cleanly():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", SlimrankWarning)
+            warnings.showwarning = _show_warning
+            try:
+                return command(*args, **kwargs)
+            except SlimrankError as error:
+                _say("error", str(error))
+            except OSError as error:
+                _say("error", f"{error.filename or 'the disk'}: {error.strerror or error}")
+            except KeyboardInterrupt:
+                _say("interrupted", "nothing was written")
+                raise typer.Exit(130) from None
+        raise typer.Exit(1)
+
+    return wrapped
+
+
+def print_json(text: str) -> None:
+    """Put a result on stdout."""
+    typer.echo(text)
+
+
+def print_size(size: SizeReport) -> None:
+    """Print the budget line."""
+    typer.echo(size.line())
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table on stdout; all columns but the first are figures."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def track(steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Walk over steps with a progress bar and the time left, on stderr."""
+    items = list(steps) if total is None else steps
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=stderr,
+    ) as progress:
+        known = len(items) if isinstance(items, list) else total
+        yield from progress.track(items, total=known, description=what)
+
+
+def role(name: str) -> str:
+    """Last part of a linear's name: what tables sum up by."""
+    return name.rsplit(".", 1)[-1]
+
+
+def span(values: Sequence[int]) -> str:
+    """Smallest and largest of some whole numbers.
+
+    Examples
+    --------
+    >>> span([3, 1, 2]), span([4, 4])
+    ('1-3', '4')
+    """
+    return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
+
+
+def version_option(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Make a causal language model smaller by activation-aware low-rank factorisation."""
+    if version:
+        typer.echo(slimrank.__version__)
+        raise typer.Exit
+
+
+def _say(kind: str, message: str) -> None:
+    typer.echo(f"{kind}: {' '.join(message.split())}", err=True)
+
+
+def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
+    _say("warning", str(message))
+
+
+@contextmanager
+def _terminates_cleanly() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, so that nothing half-written remains."""
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: signals are not ours to handle
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
