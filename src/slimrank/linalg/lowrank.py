@@ -3,8 +3,8 @@
 For a weight ``W (out, in)`` whose outputs should be ``T x`` and inputs with second moment
 ``S = E[x xᵀ]``, the map of rank r that minimises ``E ‖T x − W' x‖²`` is ``B_r B_rᵀ T``, where
 ``B_r`` holds the top r eigenvectors of ``T S Tᵀ`` (Swift-SVD, arXiv 2604.01609, theorem 3.1;
-AA-SVD, arXiv 2604.02119, theorem 3.2). No root and no inverse of ``S`` is needed to state it. The routes
-below differ in how they find ``B``, so in accuracy and cost, not in what they find.
+AA-SVD, arXiv 2604.02119, theorem 3.2). No root and no inverse of ``S`` is needed to state it. The
+routes below differ in how they find ``B``, so in accuracy and cost, not in what they find.
 
 Swift-SVD writes ``Y = X W`` with rows as tokens; here ``W`` is PyTorch's ``(out, in)``, so its
 ``V_k`` is our basis and its ``A_k = W V_k``, ``B_k = V_kᵀ`` are our ``right.mT`` and ``left.mT``.

@@ -1,0 +1,140 @@
+"""The commands do what they say, on a tiny model, and flags and YAML say the same thing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import slimrank
+from slimrank.cli import app
+from slimrank.cli.options import build_recipe
+from slimrank.recipe import CompressionRecipe
+
+runner = CliRunner()
+SMALL = ["--num-sequences", "4", "--sequence-length", "32"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat and the dog ran to the tree . " * 200)
+    return path
+
+
+def run(*arguments: object) -> str:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+@pytest.fixture
+def compressed(dense_folder: Path, text: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    run("compress", dense_folder, out, "--keep", 0.6, "--calibration", text, *SMALL)
+    return out
+
+
+def test_compress_prints_the_budget_line_and_writes_a_folder(dense_folder, text, tmp_path):
+    out = tmp_path / "out"
+    printed = run("compress", dense_folder, out, "--keep", 0.6, "--calibration", text, *SMALL)
+    report = slimrank.CompressionReport.model_validate_json((out / "report.json").read_text())
+    assert report.size.line() in printed
+    expected = {"config.json", "generation_config.json", "model.safetensors", "recipe.yaml"}
+    assert expected | {"report.json", "README.md", "tokenizer.json"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == report.size.model_params
+
+
+def test_the_same_budget_line_everywhere(dense_folder, compressed):
+    line = slimrank.CompressionReport.model_validate_json(
+        (compressed / "report.json").read_text()
+    ).size.line()
+    assert line in run("inspect", compressed)
+    assert line in run("plan", dense_folder, "--keep", 0.6)
+
+
+def test_json_is_all_that_stdout_holds(dense_folder, text, compressed, tmp_path):
+    plan = json.loads(run("plan", dense_folder, "--keep", 0.6, "--json"))
+    contents = json.loads(run("inspect", compressed, "--json"))
+    assert plan["size"] == contents["size"]
+    assert {x["name"]: x["rank"] for x in plan["linears"]} == contents["ranks"]
+    value = json.loads(
+        run("evaluate", compressed, "--text", text, "--sequence-length", 32, "--json")
+    )
+    assert value["skipped"] == 0
+    arguments = ["--keep", 0.6, "--calibration", text, *SMALL, "--json"]
+    report = json.loads(run("compress", dense_folder, tmp_path / "again", *arguments))
+    assert report["size"] == plan["size"]
+
+
+def test_evaluate_dense_and_compressed(dense_folder, compressed, text):
+    for folder in (dense_folder, compressed):
+        printed = run("evaluate", folder, "--text", text, "--sequence-length", 32)
+        assert printed.startswith("perplexity ")
+    few = run("evaluate", dense_folder, "--text", text, "--sequence-length", 32, "--num-windows", 2)
+    assert "in 2 windows of 32" in few
+
+
+def test_inspect_without_a_report(compressed):
+    (compressed / "report.json").unlink()
+    printed = run("inspect", compressed)
+    assert "no report.json" in printed
+    assert "kept " in printed
+
+
+def test_inspect_with_a_report_of_other_weights(compressed):
+    path = compressed / "report.json"
+    report = json.loads(path.read_text())
+    report["size"]["weight_bytes"] += 8
+    path.write_text(json.dumps(report))
+    assert "describes other weights" in run("inspect", compressed)
+
+
+def test_flags_and_yaml_build_the_same_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "method: svd-llm\nbudget: {param_ratio: 0.5, scope: model}\n"
+        "calibration: {source: [a.txt], seed: 3}\ntargets: [q_proj]\n"
+    )
+    flags = build_recipe(
+        None,
+        method="svd-llm",
+        budget__param_ratio=0.5,
+        budget__scope="model",
+        calibration__source=["a.txt"],
+        calibration__seed=3,
+        targets=["q_proj"],
+        ignore=None,
+    )
+    assert build_recipe(path) == flags == CompressionRecipe.from_file(path)
+    assert build_recipe(path, budget__param_ratio=0.7).budget.param_ratio == 0.7
+
+
+def test_the_recipe_of_a_folder_makes_it_again(dense_folder, compressed, tmp_path):
+    again = tmp_path / "again"
+    run("compress", dense_folder, again, "--recipe", compressed / "recipe.yaml")
+    one, two = (p / "model.safetensors" for p in (compressed, again))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_svd_needs_no_text(dense_folder, tmp_path):
+    printed = run("compress", dense_folder, tmp_path / "out", "--keep", 0.6, "--method", "svd")
+    assert "weight error" in printed
+
+
+def test_warnings_are_one_line_on_stderr(dense_folder, text, tmp_path):
+    arguments = ["--keep", "0.6", "--calibration", str(text), "--sequence-length", "64"]
+    result = runner.invoke(app, ["compress", str(dense_folder), str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 0
+    warnings = [x for x in result.stderr.splitlines() if x.startswith("warning: ")]
+    assert any("128 were asked for" in line for line in warnings)
+
+
+def test_version_and_help():
+    assert run("--version").strip() == slimrank.__version__
+    for command in ("compress", "plan", "inspect", "evaluate", "demo"):
+        assert command in run("--help")
+        assert "Usage" in run(command, "--help")
