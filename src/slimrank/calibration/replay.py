@@ -43,6 +43,8 @@ def embed_batches(
 ) -> list[Batch]:
     """Hidden states in front of the first block, and the arguments of all blocks.
 
+    The last batch is one window: it is the one whose tokens are held against its moments.
+
     Parameters
     ----------
     model : nn.Module
@@ -60,7 +62,8 @@ def embed_batches(
     _check_replay(model, anatomy, first)
     batches: list[Batch] = []
     known: list[tuple[Call, ...]] = []
-    for ids in windows.batches(batch_size):
+    *most, last = windows.batches(batch_size)
+    for ids in (*most, *([last[:-1]] if len(last) > 1 else []), last[-1:]):
         hidden, calls = _record(model, anatomy, ids)
         same = next((old for old in known if _equal(old, calls)), None)
         if same is None:

@@ -1,20 +1,21 @@
 """The model card: what it is, what it weighs, how to load it."""
 
+from pathlib import Path
+
 from slimrank.report import CompressionReport
 
 TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {model}
-tags:
+{base}tags:
 - low-rank
 - slimrank
 ---
 
 # {title}
 
-{model} with {count} of its linears factorised to low rank by
-[slimrank](https://pypi.org/project/slimrank/) {version}, method `{method}`.
+{name} with {count} of its linears factorised to low rank by
+[slimrank](https://pypi.org/project/slimrank/) {version}, method `{method}`.{origin}
 
 **Size**: {line}.
 
@@ -37,13 +38,13 @@ tokenizer = AutoTokenizer.from_pretrained("{title}")
 ## How it was made
 
 ```
-slimrank compress {model} {title} --recipe recipe.yaml
+slimrank compress {name} {title} --recipe recipe.yaml
 ```
 
 `recipe.yaml` and `report.json` beside this file hold every setting, and for each linear its rank
 and the loss that was promised and measured.
 {notes}
-The weights remain under the licence of {model}.
+The weights remain under the licence of {name}.
 """
 
 
@@ -60,8 +61,12 @@ def model_card(report: CompressionReport, title: str) -> str:
     losses = [linear.measured_loss for linear in factorised]
     notes = "".join(f"\n- {warning}" for warning in report.warnings)
     source = ", ".join(report.recipe.calibration.source) or "the sample packaged with slimrank"
+    gguf = report.model.endswith(".gguf")
+    local = gguf or Path(report.model).is_dir()
     return TEMPLATE.format(
-        model=report.model,
+        base="" if local else f"base_model: {report.model}\n",
+        name=Path(report.model).name if local else report.model,
+        origin=" The dense weights were dequantised from a GGUF file." if gguf else "",
         title=title,
         count=len(factorised),
         version=report.environment["slimrank"],

@@ -36,10 +36,12 @@ class Moments:
 class MomentAccumulator:
     """Running sum of ``x xᵀ`` over tokens: float32 products, float64 sums, lower triangle only.
 
-    Two things keep the float32 products honest. Each block of tokens is multiplied on its own and
-    added to a float64 sum, so errors do not grow with the number of tokens. And a token whose
-    squared norm is over 64 times the block's median ("massive activations", attention sinks) is
-    multiplied in float64, since in float32 its square would round away the other tokens' part.
+    Three things keep the float32 products honest. Each block of tokens is multiplied on its own and
+    added to a float64 sum, so errors do not grow with the number of tokens. Tokens are taken about
+    a fixed centre, the mean of the first block's ordinary tokens, which is put back in float64: a
+    mean that is large against the spread would round it away. And a token whose squared norm is
+    over 64 times the block's median ("massive activations", attention sinks) is multiplied in
+    float64, for the same reason.
 
     Parameters
     ----------
@@ -59,12 +61,14 @@ class MomentAccumulator:
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
         self.tokens = 0
-        self._sums = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self._centre = torch.zeros(features, dtype=torch.float64, device=device)
+        self._first = torch.zeros(features, dtype=torch.float64, device=device)
+        self._second = torch.zeros(features, features, dtype=torch.float64, device=device)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the running sum."""
-        return self._sums.nbytes
+        """Size of the running sums."""
+        return self._centre.nbytes + self._first.nbytes + self._second.nbytes
 
     def update(self, inputs: Float[Tensor, "*batch features"]) -> None:
         """Add a block of tokens.
@@ -82,37 +86,65 @@ class MomentAccumulator:
         tokens = inputs.detach().reshape(-1, self.features)
         if tokens.shape[0] == 0:
             return
-        exact = tokens if tokens.dtype == torch.float64 else tokens.float()
-        norms = exact.square().sum(dim=1, dtype=torch.float64)
+        tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+        centre = self._centre.to(tokens) if self.tokens else _typical_mean(tokens)
+        centred = tokens - centre
+        norms = torch.linalg.vector_norm(centred, dim=1)
         if not torch.isfinite(norms).all():
             raise NumericalError(
                 f"{int((~torch.isfinite(norms)).sum())} of {len(norms)} activations are NaN, "
                 "infinite or too large to square"
             )
-        heavy = norms > HEAVY * norms.median()
+        self._centre = centre.to(self._centre)
+        heavy = _heavy(norms)
         if heavy.any():
-            self._add(exact[heavy].double())
-            exact = exact[~heavy]
-        self._add(exact)
-        self.tokens += tokens.shape[0]
+            self._add(tokens[heavy].double() - centre.double())
+            centred = centred[~heavy]
+        self._add(centred)
+        self.tokens += len(tokens)
 
     def _add(self, tokens: Float[Tensor, "tokens features"]) -> None:
         """Add the lower triangle of ``tokensᵀ tokens``, one stripe of rows at a time."""
+        self._first += tokens.sum(dim=0).to(self._first)
         edges = [self.features * i // STRIPES for i in range(STRIPES + 1)]
         for start, end in pairwise(edges):
             if start < end:
                 product = tokens[:, start:end].mT @ tokens[:, :end]
-                self._sums[start:end, :end] += product.to(self._sums.device)
+                self._second[start:end, :end] += product.to(self._second.device)
 
     def merge(self, other: "MomentAccumulator") -> None:
         """Add what another accumulator saw. Order does not matter beyond rounding."""
         if other.features != self.features:
             raise ValueError(f"cannot merge {other.features} features into {self.features}")
-        self._sums += other._sums.to(self._sums.device)
+        if not self.tokens:
+            self._centre = other._centre.to(self._centre)
+        shift = other._centre.to(self._centre) - self._centre
+        first, second = _about(other._first.to(shift), other._second.to(shift), shift, other.tokens)
+        self._first += first
+        self._second += second
         self.tokens += other.tokens
 
     def result(self) -> Moments:
         """Mean over tokens, with the upper triangle filled in."""
-        lower = self._sums.tril()
+        _, second = _about(self._first, self._second, self._centre, self.tokens)
+        lower = second.tril()
         full = lower + lower.tril(-1).mT
         return Moments(original=full / max(self.tokens, 1), tokens=self.tokens)
+
+
+def _about(first: Tensor, second: Tensor, shift: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Sums of ``x`` and ``x xᵀ`` when every ``x`` moves by a shift."""
+    mixed = torch.outer(first, shift)
+    moved = second + mixed + mixed.mT + tokens * torch.outer(shift, shift)
+    return first + tokens * shift, moved
+
+
+def _heavy(norms: Tensor) -> Tensor:
+    """Tokens whose squared norm is far above the median."""
+    return norms.square() > HEAVY * norms.median().square()
+
+
+def _typical_mean(tokens: Tensor) -> Tensor:
+    """Mean of the tokens that are not heavy."""
+    heavy = _heavy(torch.linalg.vector_norm(tokens, dim=1))
+    return tokens.mean(dim=0) if not heavy.any() else tokens[~heavy].mean(dim=0)
