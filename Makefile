@@ -35,7 +35,7 @@ slow: $(VENV)/.dev
 	$(BIN)/pytest -n 0 -m "slow and not gpu"
 
 bench: $(VENV)/.demo
-	$(BIN)/python benchmarks/allocate_and_solve.py --out benchmarks/results/solves.json
+	$(BIN)/python benchmarks/precision.py --out benchmarks/results/precision.json
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
