@@ -26,12 +26,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+# Taken when the script starts: the tree may move on while it runs.
+COMMIT = {
+    "commit": _git("rev-parse", "HEAD"),
+    "uncommitted_changes": bool(_git("status", "--porcelain", "--", "src")),
+}
+
+
 def write(path: str | Path, seed: int, settings: dict[str, Any], results: Any) -> None:
     """Write figures and where they come from as JSON, and print them."""
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "src")),
+        **COMMIT,
         "command": " ".join([Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])]),
         "seed": seed,
         "environment": environment(),
@@ -41,11 +52,6 @@ def write(path: str | Path, seed: int, settings: dict[str, Any], results: Any) -
     text = json.dumps(record, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
     print(text)
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def _processor() -> str:
