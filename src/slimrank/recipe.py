@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,7 +27,7 @@ class BudgetRecipe(_Frozen):
     min_rank: int = 1
 
     @model_validator(mode="after")
-    def _in_range(self) -> Self:
+    def _in_range(self) -> "BudgetRecipe":
         self.budget()
         return self
 
@@ -99,7 +99,7 @@ class CompressionRecipe(_Frozen):
         return name
 
     @classmethod
-    def from_dict(cls, values: Any, where: str = "recipe") -> Self:
+    def from_dict(cls, values: Any, where: str = "recipe") -> "CompressionRecipe":
         """Check a mapping.
 
         Raises
@@ -119,7 +119,7 @@ class CompressionRecipe(_Frozen):
             raise kind(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
 
     @classmethod
-    def from_yaml(cls, text: str, where: str = "recipe") -> Self:
+    def from_yaml(cls, text: str, where: str = "recipe") -> "CompressionRecipe":
         """Read YAML.
 
         Raises
@@ -130,7 +130,7 @@ class CompressionRecipe(_Frozen):
         return cls.from_dict(parse_yaml(text, where), where)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path) -> "CompressionRecipe":
         """Read a YAML file."""
         return cls.from_yaml(read_recipe_text(path), str(path))
 

@@ -1,7 +1,5 @@
 """What was done: frozen, written as JSON beside the weights."""
 
-from typing import Self
-
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimrank.errors import CheckpointError
@@ -174,7 +172,7 @@ class CompressionReport(_Frozen):
     warnings: tuple[str, ...]
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Self:
+    def from_json(cls, text: str, where: str) -> "CompressionReport":
         """Read what `model_dump_json` wrote.
 
         Raises

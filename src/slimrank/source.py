@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from slimrank.checkpoint import QUANT_METHOD
 from slimrank.errors import ModelError, NumericalError, TextError
 from slimrank.nn import LowRankLinear
 
@@ -103,9 +104,12 @@ def load_skeleton(source: Source, dtype: str = "auto") -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(source.location, **source.options)
+        _require_unquantised(getattr(config, "quantization_config", None), source.name)
         wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=wanted or torch.float32).eval()
+    except ModelError:
+        raise
     except LOAD_ERRORS as error:
         raise ModelError(f"cannot read {source.name}: {_reason(error)}") from error
 
@@ -149,6 +153,15 @@ def require_dense(model: Any, name: str) -> None:
         raise ModelError(f"{name} is compressed already; start from the dense model")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantised; compress first, quantise afterwards")
+
+
+def _require_unquantised(config: Any, name: str) -> None:
+    """Refuse by what the configuration says, before anything is loaded."""
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    if method == QUANT_METHOD:
+        raise ModelError(f"{name} is compressed already; start from the dense model")
+    if method is not None and method != "gguf":
+        raise ModelError(f"{name} is quantised ({method}); compress first, quantise afterwards")
 
 
 def _dequantized() -> dict[str, Any]:

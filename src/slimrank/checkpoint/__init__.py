@@ -1,6 +1,6 @@
 """The folder on disk: what a loader needs, and how it is written, checked and read."""
 
-from slimrank.checkpoint.config import LowRankConfig, LowRankLinearConfig
+from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
 from slimrank.checkpoint.contents import FolderContents, read_folder
 from slimrank.checkpoint.folder import read_report, require_writable, write_folder
 from slimrank.checkpoint.loading import load
@@ -8,6 +8,7 @@ from slimrank.checkpoint.quantizer import LowRankQuantizer, mark_compressed, reg
 from slimrank.checkpoint.size import folder_bytes, safetensors_bytes, weight_file_bytes
 
 __all__ = [
+    "QUANT_METHOD",
     "FolderContents",
     "LowRankConfig",
     "LowRankLinearConfig",

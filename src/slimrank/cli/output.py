@@ -69,7 +69,8 @@ def print_size(size: SizeReport) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table on stdout; all columns but the first are figures."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    typer.echo(title)
+    table = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
@@ -110,15 +111,21 @@ def span(values: Sequence[int]) -> str:
     return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(slimrank.__version__)
+        raise typer.Exit
+
+
 def version_option(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=show_version),
     ] = False,
 ) -> None:
     """Make a causal language model smaller by activation-aware low-rank factorisation."""
-    if version:
-        typer.echo(slimrank.__version__)
-        raise typer.Exit
+    del version
 
 
 def _say(kind: str, message: str) -> None:

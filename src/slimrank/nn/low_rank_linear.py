@@ -1,7 +1,5 @@
 """A linear of low rank: two thin linears with a latent between."""
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +55,7 @@ class LowRankLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     @classmethod
-    def from_factors(cls, linear: nn.Linear, factors: Factors) -> Self:
+    def from_factors(cls, linear: nn.Linear, factors: Factors) -> "LowRankLinear":
         """Take a linear's place: its device, dtype, bias and mode, with the factors as weights.
 
         Parameters
