@@ -14,7 +14,7 @@ from slimrank.report import CompressionReport, LinearReport
 @friendly
 def compress_command(
     model: opt.Model,
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     keep: opt.Keep = None,
     method: opt.MethodName = None,
     scope: opt.Scope = None,

@@ -15,7 +15,8 @@ from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
 @friendly
 def evaluate_command(
     model: Annotated[
-        str, typer.Argument(help="Dense or compressed: a folder, a hub id, or a .gguf file.")
+        str,
+        typer.Argument(metavar="MODEL", help="Dense or compressed: folder, hub id or .gguf file."),
     ],
     text: Annotated[list[str], typer.Option(help="Text file; may be given more than once.")],
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,

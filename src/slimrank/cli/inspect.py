@@ -13,7 +13,7 @@ from slimrank.cli.output import friendly, print_json, print_size, print_table, r
 
 @friendly
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="A folder that slimrank wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that slimrank wrote.")],
     json: opt.Json = False,
 ) -> None:
     """Say what a compressed FOLDER holds: ranks, sizes, recipe, losses. Reads no weight."""

@@ -8,7 +8,9 @@ import typer
 from slimrank.methods import METHODS
 from slimrank.recipe import CompressionRecipe, parse_yaml, read_recipe_text
 
-Model = Annotated[str, typer.Argument(help="A model folder, a hub id, or a .gguf file.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model folder, a hub id, or a .gguf file.")
+]
 Keep = Annotated[
     float | None,
     typer.Option(help="Share of parameters that stay, in (0, 1]. Needed unless a recipe says it."),

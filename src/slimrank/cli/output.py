@@ -111,11 +111,12 @@ def span(values: Sequence[int]) -> str:
     return str(values[0]) if min(values) == max(values) else f"{min(values)}-{max(values)}"
 
 
-def show_version(wanted: bool) -> None:
-    """Print the version and stop."""
+def show_version(wanted: bool) -> bool:
+    """Print the version and stop, if that is what was asked for."""
     if wanted:
         typer.echo(slimrank.__version__)
         raise typer.Exit
+    return wanted
 
 
 def version_option(
