@@ -88,7 +88,11 @@ class Budget:
         return -(-self.min_rank // self.multiple_of) * self.multiple_of
 
     def target_params(self, shapes: Sequence[LinearShape], other_params: int) -> int:
-        """Whole parameters that the targeted linears may hold.
+        """Whole parameters that the targeted linears may hold; see `allowance`."""
+        return int(self.allowance(shapes, other_params))
+
+    def allowance(self, shapes: Sequence[LinearShape], other_params: int) -> Fraction:
+        """Parameters that the targeted linears may hold, not yet rounded down.
 
         Parameters
         ----------
@@ -104,17 +108,17 @@ class Budget:
 
         Examples
         --------
-        >>> Budget(0.7).target_params([LinearShape("a", 10, 10)], other_params=50)
-        70
-        >>> Budget(0.7, scope="model").target_params([LinearShape("a", 10, 10)], other_params=50)
-        55
+        >>> Budget(0.7).allowance([LinearShape("a", 10, 10)], other_params=50)
+        Fraction(70, 1)
+        >>> Budget(0.7, scope="model").allowance([LinearShape("a", 10, 10)], other_params=50)
+        Fraction(55, 1)
         """
         share = Fraction(str(self.param_ratio))
         targeted = sum(shape.dense_params for shape in shapes)
         if self.scope == "targets":
-            return int(share * targeted)
-        allowed = int(share * (targeted + other_params)) - other_params
-        if allowed <= 0:
+            return share * targeted
+        allowed = share * (targeted + other_params) - other_params
+        if allowed < 1:
             least = other_params / (targeted + other_params)
             raise BudgetError(
                 f"keep {self.param_ratio:g} of the model is less than what no target holds "

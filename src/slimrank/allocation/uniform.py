@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import ceil
 
 from slimrank.allocation.budget import Budget, LinearShape, RankPlan
 from slimrank.errors import BudgetError
@@ -43,12 +44,12 @@ def uniform(shapes: Sequence[LinearShape], budget: Budget, other_params: int = 0
     >>> dict(uniform(shapes, Budget(0.8)).ranks)
     {'q': 230, 'k': 115}
     """
-    allowed = budget.target_params(shapes, other_params)
+    allowed = budget.allowance(shapes, other_params)
     step, smallest = budget.multiple_of, budget.smallest_rank
     shrinkable = [s for s in shapes if smallest <= s.break_even_rank]
     size = sum(s.dense_params for s in shrinkable)
     stays = sum(s.dense_params for s in shapes) - size
-    share = Fraction(allowed - stays, size) if size else Fraction(1)
+    share = (allowed - stays) / size if size else Fraction(1)
     if share >= 1:
         if stays > allowed:
             raise BudgetError(_too_small(budget, shapes, other_params))
@@ -84,5 +85,5 @@ def _too_small(
     where = f" ({name} is the first)" if name else ""
     return (
         f"keep {budget.param_ratio:g} is below rank {smallest} for some linear{where}; "
-        f"the smallest share that works is {float(least / total) + 5e-5:.4f}"
+        f"the smallest share that works is {ceil(least / total * 10_000) / 10_000:.4f}"
     )

@@ -112,7 +112,9 @@ def output_loss(
 
 
 def decompose_outputs(
-    target: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
+    target: Float[Tensor, "out in"],
+    moment: Float[Tensor, "in in"] | None = None,
+    tokens: int | None = None,
 ) -> Decomposition:
     """Inverse-free route: eigenvectors of the second moment of the outputs.
 
@@ -129,6 +131,9 @@ def decompose_outputs(
         The map to approximate. Solved in float64 whatever its dtype.
     moment : Tensor of shape (in, in), optional
         Second moment ``S`` of the inputs; the identity if left out, which is plain truncated SVD.
+    tokens : int, optional
+        How many tokens the moment is of. No more directions than that are known from it; what it
+        shows beyond them is rounding.
 
     Returns
     -------
@@ -165,7 +170,8 @@ def decompose_outputs(
         rotation, values = _descending(symmetrize(seen.mT @ seen))
         basis = torch.linalg.qr(seen @ rotation).Q
     if moment is not None:
-        basis = _settle_open_directions(basis, values, target)
+        noise = target.square().sum() * torch.linalg.matrix_norm(moment.to(target))
+        basis = _settle_open_directions(basis, values, target, float(noise), tokens)
     return Decomposition(basis=fix_signs(basis), target=target, singular_values=values)
 
 
@@ -228,11 +234,17 @@ def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return eigenvectors.flip(1), eigenvalues.flip(0).clamp_min(0).sqrt()
 
 
-def _settle_open_directions(basis: Tensor, values: Tensor, target: Tensor) -> Tensor:
-    """Where no energy is left to order the columns, order them by what they carry of the weight."""
+def _settle_open_directions(
+    basis: Tensor, values: Tensor, target: Tensor, scale: float, tokens: int | None
+) -> Tensor:
+    """Where no energy is left to order the columns, order them by what they carry of the weight.
+
+    What is left is rounding if it is below the unit roundoff of `scale`, a bound on the terms that
+    were summed; or if it is in more directions than there were tokens.
+    """
     squares = values.square()
-    floor = squares[0] * len(squares) * torch.finfo(squares.dtype).eps
-    known = int((squares > floor).sum())
+    known = int((squares > 4 * scale * torch.finfo(squares.dtype).eps).sum())
+    known = known if tokens is None else min(known, tokens)
     if known == len(squares):
         return basis
     kept = basis[:, :known]

@@ -15,6 +15,7 @@ from slimrank.errors import NumericalError
 
 STRIPES = 4
 HEAVY = 64.0
+SMALL_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class MomentAccumulator:
     a fixed centre, the mean of the first block's ordinary tokens, which is put back in float64: a
     mean that is large against the spread would round it away. And a token whose squared norm is
     over 64 times the block's median ("massive activations", attention sinks) is multiplied in
-    float64, for the same reason.
+    float64, for the same reason; so are blocks of fewer than 64 tokens, which have no median to
+    trust.
 
     Parameters
     ----------
@@ -61,6 +63,7 @@ class MomentAccumulator:
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
         self.tokens = 0
+        self._is_centred = False
         self._centre = torch.zeros(features, dtype=torch.float64, device=device)
         self._first = torch.zeros(features, dtype=torch.float64, device=device)
         self._second = torch.zeros(features, features, dtype=torch.float64, device=device)
@@ -81,27 +84,31 @@ class MomentAccumulator:
         Raises
         ------
         NumericalError
-            If a value is NaN or infinite; the sums are then left as they were.
+            If a value is NaN, infinite or too large to square; the sums are then left as they were.
         """
         tokens = inputs.detach().reshape(-1, self.features)
         if tokens.shape[0] == 0:
             return
-        tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-        centre = self._centre.to(tokens) if self.tokens else _typical_mean(tokens)
+        exact = tokens.dtype == torch.float64 or len(tokens) < SMALL_BLOCK
+        tokens = tokens.double() if exact else tokens.float()
+        _require_squarable(tokens)
+        if not self._is_centred and len(tokens) >= SMALL_BLOCK:
+            self._move_centre(_typical_mean(tokens))
+        centre = self._centre.to(tokens)
         centred = tokens - centre
-        norms = torch.linalg.vector_norm(centred, dim=1)
-        if not torch.isfinite(norms).all():
-            raise NumericalError(
-                f"{int((~torch.isfinite(norms)).sum())} of {len(norms)} activations are NaN, "
-                "infinite or too large to square"
-            )
-        self._centre = centre.to(self._centre)
-        heavy = _heavy(norms)
+        heavy = _heavy(torch.linalg.vector_norm(centred, dim=1))
         if heavy.any():
             self._add(tokens[heavy].double() - centre.double())
             centred = centred[~heavy]
         self._add(centred)
         self.tokens += len(tokens)
+
+    def _move_centre(self, centre: Float[Tensor, " features"]) -> None:
+        """Take what was summed so far about another centre, one that float32 holds exactly."""
+        exact = centre.float().to(self._centre)
+        shift = self._centre - exact
+        self._first, self._second = _about(self._first, self._second, shift, self.tokens)
+        self._centre, self._is_centred = exact, True
 
     def _add(self, tokens: Float[Tensor, "tokens features"]) -> None:
         """Add the lower triangle of ``tokensᵀ tokens``, one stripe of rows at a time."""
@@ -116,8 +123,8 @@ class MomentAccumulator:
         """Add what another accumulator saw. Order does not matter beyond rounding."""
         if other.features != self.features:
             raise ValueError(f"cannot merge {other.features} features into {self.features}")
-        if not self.tokens:
-            self._centre = other._centre.to(self._centre)
+        if not self._is_centred and other._is_centred:
+            self._move_centre(other._centre)
         shift = other._centre.to(self._centre) - self._centre
         first, second = _about(other._first.to(shift), other._second.to(shift), shift, other.tokens)
         self._first += first
@@ -137,6 +144,16 @@ def _about(first: Tensor, second: Tensor, shift: Tensor, tokens: int) -> tuple[T
     mixed = torch.outer(first, shift)
     moved = second + mixed + mixed.mT + tokens * torch.outer(shift, shift)
     return first + tokens * shift, moved
+
+
+def _require_squarable(tokens: Tensor) -> None:
+    """Refuse what would make the sums infinite, or worse."""
+    norms = torch.linalg.vector_norm(tokens, dim=1).square()
+    if not torch.isfinite(norms.sum()):
+        bad = int((~torch.isfinite(norms)).sum())
+        raise NumericalError(
+            f"{bad} of {len(norms)} activations are NaN, infinite or too large to square"
+        )
 
 
 def _heavy(norms: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ def rank_for_energy(singular_values: Float[Tensor, " k"], share: float) -> int:
     2
     """
     tail = tail_energy(singular_values)
-    return int((tail > (1 - share) * tail[0]).sum())
+    rounding = 1 + 1e-12  # 1 - 0.9 is a little less than a tenth
+    return int((tail > (1 - share) * tail[0] * rounding).sum())
 
 
 def break_even_rank(in_features: int, out_features: int) -> int:

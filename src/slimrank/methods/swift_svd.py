@@ -27,4 +27,4 @@ class SwiftSVD:
         """Eigenvectors of the output moment of the original model."""
         if moments is None:
             raise ValueError(f"{self.name} needs moments")
-        return decompose_outputs(weight, moments.original)
+        return decompose_outputs(weight, moments.original, moments.tokens)
