@@ -41,6 +41,7 @@ from slimrank.source import (
     load_tokenizer,
     parse_source,
     require_dense,
+    require_finite_weights,
     tokenize,
 )
 
@@ -117,7 +118,8 @@ def compress(
     ------
     SlimrankError
         `RecipeError`, `BudgetError`, `TextError`, `ModelError`, `NumericalError` or
-        `CheckpointError`; then nothing is written.
+        `CheckpointError`; then nothing is written, and a model in memory is as it was (unless only
+        the writing failed: then it is compressed).
 
     Examples
     --------
@@ -141,11 +143,15 @@ def compress(
         loaded = loaded.to(options.device) if options.device else loaded
         method = method_by_name(recipe.method)
         anatomy, ranks = allocate(loaded, recipe)
-        if method.needs_moments:
+        shrinks = any(rank is not None for rank in ranks.ranks.values())
+        if method.needs_moments and shrinks:
             windows = windows or _draw(recipe, tokenizer)
             windows.check_vocabulary(num_embeddings(loaded))
+        else:
+            windows = None
         planned = planned_size(loaded, anatomy, ranks)
-        linears = _walk(loaded, anatomy, ranks, method, windows, options, clock)
+        with _put_back_on_error(loaded, anatomy if loaded is model else anatomy.only(())):
+            linears = _walk(loaded, anatomy, ranks, method, windows, options, clock)
         mark_compressed(loaded)
 
     def report(weight_bytes: int) -> CompressionReport:
@@ -154,7 +160,7 @@ def compress(
             recipe=recipe,
             recipe_fingerprint=recipe.fingerprint(),
             calibration_fingerprint=windows.fingerprint() if windows else "",
-            tokens=windows.tokens if windows and method.needs_moments else 0,
+            tokens=windows.tokens if windows else 0,
             size=SizeReport(**(planned.model_dump() | {"weight_bytes": weight_bytes})),
             linears=tuple(linears),
             seconds=dict(clock.seconds),
@@ -180,6 +186,7 @@ def _open(
     """Model in eval mode, its name, and its tokenizer if it has one or needs one."""
     if isinstance(model, nn.Module):
         require_dense(model, type(model).__name__)
+        require_finite_weights(model, type(model).__name__)
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         return model.eval(), name, tokenizer
     if out is None:
@@ -224,7 +231,7 @@ def _walk(
     blocks = list(model.get_submodule(anatomy.path).children())
     last = max((site.block for site in factored.sites), default=-1)
     batches: list[Batch] = []
-    if method.needs_moments and windows and last >= 0:
+    if windows:
         length = max(len(window) for window in windows.windows)
         size = options.batch_size or default_batch_size(length)
         with clock.phase("calibrate"):
@@ -310,6 +317,18 @@ def _solve(
         seconds=time.perf_counter() - start,
     )
     return replacement, report
+
+
+@contextmanager
+def _put_back_on_error(model: Any, anatomy: Anatomy) -> Iterator[None]:
+    """Leave a user's model as it was if a run fails half-way."""
+    linears = {site.name: model.get_submodule(site.name) for site in anatomy.sites}
+    try:
+        yield
+    except BaseException:
+        for name, linear in linears.items():
+            replace_linear(model, name, linear)
+        raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from slimrank.methods import method_by_name
 from slimrank.model import Anatomy, block_path, discover, list_sites, select_targets
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import PlannedLinear, PlanReport, SizeReport
-from slimrank.source import load_skeleton, parse_source
+from slimrank.source import load_skeleton, parse_source, require_dense
 
 PROBE_TOKENS = 12
 SCALE_BYTES = 2
@@ -47,6 +47,7 @@ def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport
         warnings.simplefilter("always", SlimrankWarning)
         if isinstance(model, nn.Module):
             name, skeleton = type(model).__name__, model
+            require_dense(model, name)
         else:
             name = str(model)
             skeleton = load_skeleton(parse_source(model), recipe.dtype)

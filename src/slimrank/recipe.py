@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimrank.allocation import Budget
-from slimrank.errors import BudgetError, RecipeError
+from slimrank.errors import RecipeError, SlimrankError
 from slimrank.methods import method_by_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,7 +48,7 @@ class CalibrationRecipe(_Frozen):
     text_column: str = Field(default="text", description="Column of text in JSON lines or a set.")
     num_sequences: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=2048, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class CompressionRecipe(_Frozen):
@@ -115,7 +115,8 @@ class CompressionRecipe(_Frozen):
             message = first["msg"].removeprefix("Value error, ")
             if first["type"] == "extra_forbidden":
                 message = f"unknown key; there are {', '.join(_keys_beside(cls, first['loc']))}"
-            kind = BudgetError if "param_ratio" in str(first["input"]) else RecipeError
+            cause = first.get("ctx", {}).get("error")
+            kind = type(cause) if isinstance(cause, SlimrankError) else RecipeError
             raise kind(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
 
     @classmethod

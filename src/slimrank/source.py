@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from slimrank.checkpoint import QUANT_METHOD
+from slimrank.checkpoint import LOAD_ERRORS, QUANT_METHOD, read_headers
 from slimrank.errors import ModelError, NumericalError, TextError
 from slimrank.nn import LowRankLinear
-
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +85,7 @@ def load_model(source: Source, dtype: str = "auto") -> Any:
     lost = [str(key) for key in info["missing_keys"]]
     if lost:
         raise ModelError(f"{source.name} lacks {len(lost)} weights, such as {sorted(lost)[0]}")
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise NumericalError(f"{source.name}: {name} holds NaN or infinite weights")
+    require_finite_weights(model, source.name)
     return model.eval()
 
 
@@ -105,9 +100,9 @@ def load_skeleton(source: Source, dtype: str = "auto") -> Any:
     try:
         config = AutoConfig.from_pretrained(source.location, **source.options)
         _require_unquantised(getattr(config, "quantization_config", None), source.name)
-        wanted = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        wanted = config.dtype or _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=wanted or torch.float32).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
     except ModelError:
         raise
     except LOAD_ERRORS as error:
@@ -142,6 +137,19 @@ def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
     return ids.to(torch.int64)  # type: ignore[no-any-return]
 
 
+def require_finite_weights(model: Any, name: str) -> None:
+    """Refuse a model with NaN or infinite weights, before any work.
+
+    Raises
+    ------
+    NumericalError
+        With the name of the first bad parameter.
+    """
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise NumericalError(f"{name}: {parameter_name} holds NaN or infinite weights")
+
+
 def require_dense(model: Any, name: str) -> None:
     """Refuse a model that is compressed or quantised already.
 
@@ -153,6 +161,13 @@ def require_dense(model: Any, name: str) -> None:
         raise ModelError(f"{name} is compressed already; start from the dense model")
     if getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(f"{name} is quantised; compress first, quantise afterwards")
+
+
+def _stored_dtype(source: Source) -> torch.dtype:
+    """Dtype of the weights of a folder whose configuration names none; float32 elsewhere."""
+    files = sorted(Path(source.location).glob("*.safetensors"))
+    stored = read_headers(files[:1]).values()
+    return next((t.dtype for t in stored if t.is_floating_point()), torch.float32)
 
 
 def _require_unquantised(config: Any, name: str) -> None:

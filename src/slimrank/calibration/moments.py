@@ -115,7 +115,7 @@ def check_on_tokens(
 
         def add(inputs: Tensor) -> None:
             tokens = inputs.reshape(-1, linear.in_features).float()
-            outputs = tokens @ linear.weight.float().mT
+            outputs = tokens @ linear.weight.detach().float().mT
             gap = outputs - tokens @ factors.right.float().mT @ factors.left.float().mT
             errors[name] += float(gap.double().square().sum())
             energies[name] += float(outputs.double().square().sum())

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from slimrank.errors import TextError
 from slimrank.recipe import CalibrationRecipe
@@ -64,13 +64,21 @@ def _read_path(path: Path, column: str) -> list[str]:
 
 
 def _rows(text: str, path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield str(json.loads(line)[column])
+            yield _text_of(json.loads(line), column)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise TextError(f"{path}, line {number}: no text under '{column}' ({error})") from error
+
+
+def _text_of(row: Any, column: str) -> str:
+    """Text of a row. What is no text would otherwise be calibrated on as the word it prints as."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise TypeError(f"it holds {type(value).__name__}")
+    return value
 
 
 def _read_hub(name: str, calibration: CalibrationRecipe) -> list[str]:
@@ -84,7 +92,7 @@ def _read_hub(name: str, calibration: CalibrationRecipe) -> list[str]:
         rows = load_dataset(
             name, calibration.subset, split=calibration.split, streaming=True
         ).shuffle(seed=calibration.seed, buffer_size=1000)
-        return [str(row[calibration.text_column]) for row in islice(rows, HUB_ROWS)]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        return [_text_of(row, calibration.text_column) for row in islice(rows, HUB_ROWS)]
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         line = " ".join(str(error).split())
         raise TextError(f"neither a text file nor a hub data set: {name} ({line})") from error

@@ -3,11 +3,17 @@
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
 from slimrank.checkpoint.contents import FolderContents, read_folder
 from slimrank.checkpoint.folder import read_report, require_writable, write_folder
-from slimrank.checkpoint.loading import load
+from slimrank.checkpoint.loading import LOAD_ERRORS, load
 from slimrank.checkpoint.quantizer import LowRankQuantizer, mark_compressed, register
-from slimrank.checkpoint.size import folder_bytes, safetensors_bytes, weight_file_bytes
+from slimrank.checkpoint.size import (
+    folder_bytes,
+    read_headers,
+    safetensors_bytes,
+    weight_file_bytes,
+)
 
 __all__ = [
+    "LOAD_ERRORS",
     "QUANT_METHOD",
     "FolderContents",
     "LowRankConfig",
@@ -17,6 +23,7 @@ __all__ = [
     "load",
     "mark_compressed",
     "read_folder",
+    "read_headers",
     "read_report",
     "register",
     "require_writable",

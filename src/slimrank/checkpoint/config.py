@@ -49,7 +49,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        linears: Mapping[str, Any],
+        linears: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,

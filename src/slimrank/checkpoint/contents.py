@@ -75,10 +75,10 @@ def _read_config(folder: Path) -> LowRankConfig:
         raise CheckpointError(f"{folder} holds no config.json; it is no model folder")
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-        entry = values.get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    if entry.get("quant_method") != QUANT_METHOD:
+    entry = values.get("quantization_config") if isinstance(values, dict) else None
+    if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is not compressed by slimrank")
     return LowRankConfig(**entry)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.loading import load
 from slimrank.checkpoint.size import SHARD_SIZE, weight_file_bytes
-from slimrank.errors import CheckpointError
+from slimrank.errors import CheckpointError, NumericalWarning
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 
@@ -31,12 +32,12 @@ def require_writable(out: Path) -> None:
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists already; name a folder that does not")
+    parent = next(p for p in out.absolute().parents if p.exists())
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".slimrank-", dir=out.parent):
+        with tempfile.TemporaryDirectory(prefix=".slimrank-", dir=parent):
             pass
     except OSError as error:
-        raise CheckpointError(f"cannot write to {out.parent}: {error.strerror}") from error
+        raise CheckpointError(f"cannot write to {parent}: {error.strerror}") from error
 
 
 def write_folder(
@@ -103,7 +104,11 @@ def read_report(folder: str | Path) -> CompressionReport:
 @contextmanager
 def _renamed_when_done(out: Path) -> Iterator[Path]:
     """Give a passing folder; rename it at the end, or remove it whatever happened."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}") from error
     try:
         folder.chmod(0o755)
         yield folder
@@ -130,8 +135,33 @@ def _compare(model: Any, folder: Path, report: CompressionReport, probe: Tensor)
         same = tensor.dtype == found[name].dtype and torch.equal(tensor, found[name])
         if not same:
             raise CheckpointError(f"{name} does not read back as it was written")
+    _copy_passing_buffers(model, again)
     with torch.no_grad():
         probe = probe.to(next(model.parameters()).device)
         logits = [m(input_ids=probe, use_cache=False).logits for m in (model, again)]
     if not torch.equal(*logits):
         raise CheckpointError("the folder loads, but gives other logits than the model in memory")
+
+
+def _copy_passing_buffers(model: Any, again: Any) -> None:
+    """Give the copy those buffers that no checkpoint holds: only what is stored is compared.
+
+    They differ where a user has cast the model: `.to(bfloat16)` also rounds the frequencies of
+    rotary embeddings, which loading makes anew in float32.
+    """
+    stored = model.state_dict().keys()
+    rounded = []
+    for name, buffer in model.named_buffers():
+        twin = again.get_buffer(name)
+        if name not in stored and not (twin.dtype == buffer.dtype and torch.equal(twin, buffer)):
+            rounded.append(name)
+            parent, _, last = name.rpartition(".")
+            setattr(again.get_submodule(parent), last, buffer)
+    if rounded:
+        warnings.warn(
+            f"{rounded[0]} was changed after loading (cast?) and is not part of a checkpoint; the "
+            "folder, loaded again, computes it anew and so differs a little from the model in "
+            "memory",
+            NumericalWarning,
+            stacklevel=2,
+        )

@@ -8,6 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from slimrank.errors import CheckpointError
 
+LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError),
+    SafetensorError,
+)
+
 
 def load(path: str | Path, **kwargs: Any) -> Any:
     """Load a causal language model, compressed or dense, and insist that every tensor is there.
@@ -36,7 +41,7 @@ def load(path: str | Path, **kwargs: Any) -> Any:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         if isinstance(error, CheckpointError):
             raise
         line = " ".join(str(error).split())[:400]

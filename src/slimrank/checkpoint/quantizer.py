@@ -123,12 +123,12 @@ def swap_in(model: nn.Module, config: LowRankConfig) -> None:
 
 
 def check_files(model: nn.Module, files: Sequence[str]) -> None:
-    """Hold the factors in the weight files' headers against the model.
+    """Hold the headers of the weight files against the model.
 
     Raises
     ------
     CheckpointError
-        If a file is unreadable, or a factor is missing, of another shape, or not expected.
+        If a file is unreadable, a tensor has another shape, or a factor is missing or not expected.
     """
     shapes = {name: tuple(t.shape) for name, t in read_headers(files).items()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -156,6 +156,11 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
             f"the weight files hold factors that config.json does not list: "
             f"{sorted(factors - expected)[0]}"
         )
+    for name, tensor in model.state_dict().items():
+        if name in shapes and shapes[name] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name} has shape {shapes[name]}, config.json says {tuple(tensor.shape)}"
+            )
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -106,7 +106,7 @@ def output_loss(
     moment : Tensor of shape (in, in), optional
         Second moment of the inputs; the identity if left out.
     """
-    gap = weight.double() - factors.left.double() @ factors.right.double()
+    gap = weight.detach().double() - factors.left.double() @ factors.right.double()
     seen = gap if moment is None else gap @ moment.to(gap)
     return max(float((seen * gap).sum()), 0.0)
 

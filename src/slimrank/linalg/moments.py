@@ -16,6 +16,7 @@ from slimrank.errors import NumericalError
 STRIPES = 4
 HEAVY = 64.0
 SMALL_BLOCK = 64
+TILE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +127,29 @@ class MomentAccumulator:
         if not self._is_centred and other._is_centred:
             self._move_centre(other._centre)
         shift = other._centre.to(self._centre) - self._centre
-        first, second = _about(other._first.to(shift), other._second.to(shift), shift, other.tokens)
+        first, second = other._first.to(shift), other._second.to(shift)
+        if shift.any():
+            first, second = _about(first, second, shift, other.tokens)
         self._first += first
         self._second += second
         self.tokens += other.tokens
 
     def result(self) -> Moments:
         """Mean over tokens, with the upper triangle filled in."""
-        _, second = _about(self._first, self._second, self._centre, self.tokens)
-        lower = second.tril()
-        full = lower + lower.tril(-1).mT
-        return Moments(original=full / max(self.tokens, 1), tokens=self.tokens)
+        _, full = _about(self._first, self._second, self._centre, self.tokens)
+        full.div_(max(self.tokens, 1))
+        for start in range(0, self.features, TILE):
+            end = min(start + TILE, self.features)
+            full[start:end, end:] = full[end:, start:end].mT
+            corner = full[start:end, start:end].tril()
+            full[start:end, start:end] = corner + corner.tril(-1).mT
+        return Moments(original=full, tokens=self.tokens)
 
 
 def _about(first: Tensor, second: Tensor, shift: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Sums of ``x`` and ``x xᵀ`` when every ``x`` moves by a shift."""
-    mixed = torch.outer(first, shift)
-    moved = second + mixed + mixed.mT + tokens * torch.outer(shift, shift)
+    half = first + tokens * shift / 2
+    moved = torch.addr(second, half, shift).addr_(shift, half)
     return first + tokens * shift, moved
 
 

@@ -144,7 +144,7 @@ def list_sites(model: nn.Module, path: str) -> list[LinearSite]:
     for index, block in enumerate(_blocks(model, path)):
         routers = set(_routers(block))
         fused += [f"{path}.{index}.{n}" for n in _fused_tensors(block)]
-        for local, module in block.named_modules():
+        for local, module in block.named_modules(remove_duplicate=False):
             name = f"{path}.{index}.{local}"
             if isinstance(module, Conv1D):
                 raise ModelError(
@@ -155,7 +155,7 @@ def list_sites(model: nn.Module, path: str) -> list[LinearSite]:
             _require_plain(name, module)
             if id(module.weight) in seen:
                 raise ModelError(
-                    f"{name} shares its weight with {seen[id(module.weight)]}; blocks with shared "
+                    f"{name} shares its weight with {seen[id(module.weight)]}; linears with shared "
                     "weights are not supported"
                 )
             seen[id(module.weight)] = name

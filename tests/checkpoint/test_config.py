@@ -1,0 +1,111 @@
+"""The configuration of a compressed checkpoint: hostile values are refused, good ones read back."""
+
+import inspect
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import slimrank
+from slimrank.checkpoint import LowRankConfig, LowRankLinearConfig, read_folder
+from slimrank.errors import CheckpointError
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def test_round_trip():
+    config = LowRankConfig(linears={NAME: {"rank": 4}, "b": LowRankLinearConfig(rank=9)})
+    values = json.loads(json.dumps(config.to_dict()))
+    assert LowRankConfig(**values).to_dict() == values
+    assert LowRankConfig.from_dict(values).linears == config.linears
+    assert values["linears"][NAME] == {"rank": 4, "pivoted": False}
+
+
+@pytest.mark.parametrize(
+    "rank", [0, -1, 4.0, 4.5, "4", None, True, [4], {"rank": 4}, float("nan"), float("inf")]
+)
+def test_a_rank_is_a_positive_whole_number(rank):
+    with pytest.raises(CheckpointError, match=rf"linears\.{NAME}\.rank"):
+        LowRankConfig(linears={NAME: {"rank": rank}})
+
+
+@pytest.mark.parametrize("value", [None, 4, "4", [], [["rank", 4]], {}])
+def test_a_linear_is_a_mapping_with_a_rank(value):
+    with pytest.raises(CheckpointError, match=NAME):
+        LowRankConfig(linears={NAME: value})
+
+
+def test_unknown_keys_of_a_linear_are_refused():
+    with pytest.raises(CheckpointError, match=rf"{NAME}\.ranks"):
+        LowRankConfig(linears={NAME: {"rank": 4, "ranks": 5}})
+
+
+def test_the_pivoted_layout_is_refused_by_name():
+    with pytest.raises(CheckpointError, match=f"{NAME} is pivoted"):
+        LowRankConfig(linears={NAME: {"rank": 4, "pivoted": True}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"linears": []}, "no mapping"),
+        ({"linears": None}, "no mapping"),
+        ({"linears": "all"}, "no mapping"),
+        ({"linears": {}, "bits": 4}, "unknown keys: bits"),
+        ({"linears": {}, "quant_method": "gptq"}, "quant_method is 'gptq'"),
+        ({"linears": {}, "format_version": 2}, "format version 2; .* upgrade slimrank"),
+        ({"linears": {}, "format_version": 0}, "format version 0"),
+        ({"linears": {}, "format_version": "1"}, "format version 1"),
+        ({"linears": {}, "format_version": None}, "format version None"),
+        ({}, "linears"),
+        ({"format_version": 1}, "linears"),
+    ],
+)
+def test_what_else_is_refused(values, message):
+    # Without the type checks that the test run adds: a file's values have no types yet.
+    config = object.__new__(LowRankConfig)
+    with pytest.raises(CheckpointError, match=message):
+        inspect.unwrap(LowRankConfig.__init__)(config, **values)
+
+
+HOSTILE = [
+    ({"quant_method": "low_rank", "format_version": 1}, "linears"),
+    ({"linears": {NAME: {"rank": -3}}}, NAME),
+    ({"linears": {NAME: {"rank": 0}}}, NAME),
+    ({"linears": {NAME: {"rank": 33}}}, f"{NAME} rank 33, over 32"),
+    ({"linears": {NAME: {"rank": 10**30}}}, f"{NAME} rank 1000000000"),
+    ({"linears": {NAME: {"rank": "5"}}}, NAME),
+    ({"linears": {NAME: {"rank": 5.0}}}, NAME),
+    ({"linears": {NAME: {"rank": 5, "pivoted": True}}}, NAME),
+    ({"linears": {NAME: {"rank": 5, "path": "/etc/passwd"}}}, NAME),
+    ({"linears": {"model.layers.9.mlp.up_proj": {"rank": 5}}}, r"lists model\.layers\.9"),
+    ({"linears": {"model.layers.0": {"rank": 5}}}, r"model\.layers\.0, which is no linear"),
+    ({"linears": {"model.embed_tokens": {"rank": 5}}}, "which is no linear"),
+    ({"linears": {"": {"rank": 5}}}, "which is no linear"),
+    ({"linears": {NAME: {"rank": 4}}}, f"{NAME}.*shape"),
+    ({"linears": {}}, "factors that config.json does not list"),
+    ({"linears": {NAME: {"rank": 5}}, "format_version": 99}, "format version 99"),
+    ({"linears": {NAME: {"rank": 5}}, "trust": True}, "unknown keys: trust"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), HOSTILE)
+def test_a_hostile_config_does_not_load(copied, values, message):
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "low_rank", **values}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        slimrank.load(copied)
+    with pytest.raises(Exception, match=message):
+        AutoModelForCausalLM.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("entry", ["low_rank", ["low_rank"], 7, {"quant_method": "low_rank"}])
+def test_read_folder_refuses_an_entry_that_is_no_configuration(copied, entry):
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = entry
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        read_folder(copied)

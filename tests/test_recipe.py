@@ -1,0 +1,191 @@
+"""Recipes: read, checked, written back, told apart."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from slimrank import CompressionRecipe
+from slimrank.errors import BudgetError, RecipeError, SlimrankError
+
+FULL = {
+    "version": 1,
+    "method": "svd-llm",
+    "budget": {"param_ratio": 0.7, "scope": "model", "multiple_of": 8, "min_rank": 16},
+    "allocation": "uniform",
+    "calibration": {
+        "source": ["a.txt", "b"],
+        "subset": "raw",
+        "split": "test",
+        "text_column": "body",
+        "num_sequences": 3,
+        "sequence_length": 77,
+        "seed": 5,
+    },
+    "targets": ["q_proj", r"re:.*\.mlp\."],
+    "ignore": ["lm_head"],
+    "blocks": "model.layers",
+    "dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("values", [FULL, {"budget": {"param_ratio": 0.8}}])
+def test_yaml_round_trip(values, tmp_path):
+    recipe = CompressionRecipe.from_dict(values)
+    again = CompressionRecipe.from_yaml(recipe.to_yaml())
+    assert again == recipe
+    assert again.fingerprint() == recipe.fingerprint()
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert CompressionRecipe.from_file(path) == recipe
+    written = yaml.safe_load(recipe.to_yaml())
+    assert written.keys() == FULL.keys()
+    for key, value in values.items():
+        if isinstance(value, dict):
+            assert written[key].items() >= value.items()
+        else:
+            assert written[key] == value
+
+
+def test_defaults_are_the_documented_ones():
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}})
+    assert (recipe.method, recipe.allocation, recipe.dtype) == ("swift-svd", "uniform", "auto")
+    assert recipe.calibration.source == ()
+    assert recipe.targets is None
+    assert recipe.budget.scope == "targets"
+
+
+def with_value(path, value):
+    values = {key: dict(v) if isinstance(v, dict) else v for key, v in FULL.items()}
+    *parents, last = path.split(".")
+    inner = values
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "there_are"),
+    [
+        ("methd", "version, method, budget"),
+        ("budget.ratio", "param_ratio, scope, multiple_of, min_rank"),
+        ("calibration.samples", "source, subset, split"),
+    ],
+)
+def test_an_unknown_key_is_named_with_those_beside_it(path, there_are):
+    with pytest.raises(RecipeError, match=rf"r\.yaml: {path}: unknown key; there are {there_are}"):
+        CompressionRecipe.from_dict(with_value(path, 1), "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("version", 2),
+        ("version", "one"),
+        ("method", "swift"),
+        ("method", None),
+        ("allocation", "greedy"),
+        ("budget", None),
+        ("budget", 0.8),
+        ("budget.param_ratio", "most"),
+        ("budget.param_ratio", None),
+        ("budget.scope", "embeddings"),
+        ("budget.multiple_of", 1.5),
+        ("calibration.num_sequences", 0),
+        ("calibration.num_sequences", -3),
+        ("calibration.num_sequences", 2.5),
+        ("calibration.sequence_length", 1),
+        ("calibration.seed", -1),
+        ("calibration.seed", 2**70),
+        ("calibration.source", "a.txt"),
+        ("calibration.source", [1]),
+        ("targets", "q_proj"),
+        ("targets", [None]),
+        ("ignore", None),
+        ("dtype", "int8"),
+    ],
+)
+def test_a_bad_value_is_named_by_its_key(path, value):
+    with pytest.raises(RecipeError, match=rf"recipe: {path}") as caught:
+        CompressionRecipe.from_dict(with_value(path, value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.0001, 80, float("nan"), float("inf")])
+def test_a_budget_out_of_range(ratio):
+    with pytest.raises(BudgetError, match=r"budget: keep is the share .* lies in \(0, 1\]"):
+        CompressionRecipe.from_dict({"budget": {"param_ratio": ratio}})
+
+
+@pytest.mark.parametrize("key", ["multiple_of", "min_rank"])
+def test_ranks_begin_at_one(key):
+    with pytest.raises(BudgetError, match="at least 1"):
+        CompressionRecipe.from_dict({"budget": {"param_ratio": 0.5, key: 0}})
+
+
+@pytest.mark.parametrize(
+    "values", [{}, None, [], "text", {"method": "svd"}, {"param_ratio": 0.8}, {"budget": {}}]
+)
+def test_what_is_no_recipe(values):
+    with pytest.raises(RecipeError):
+        CompressionRecipe.from_dict(values)
+
+
+@pytest.mark.parametrize("text", ["", "just text", "- a\n- b", "a: b: c", "{", "\t- x", "\x00"])
+def test_what_is_no_yaml_mapping(text):
+    with pytest.raises(RecipeError, match=r"r.yaml") as caught:
+        CompressionRecipe.from_yaml(text, "r.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_makes_no_objects():
+    with pytest.raises(RecipeError, match="not YAML"):
+        CompressionRecipe.from_yaml("budget: !!python/object/apply:os.getcwd []")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none.yaml"):
+        CompressionRecipe.from_file(tmp_path / "none.yaml")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        CompressionRecipe.from_file(tmp_path / "r.yaml")
+
+
+def test_every_setting_is_in_the_fingerprint():
+    changes = {
+        "method": "svd",
+        "budget.param_ratio": 0.71,
+        "budget.scope": "targets",
+        "budget.multiple_of": 4,
+        "budget.min_rank": 8,
+        "calibration.source": ["a.txt"],
+        "calibration.subset": None,
+        "calibration.split": "train",
+        "calibration.text_column": "text",
+        "calibration.num_sequences": 4,
+        "calibration.sequence_length": 78,
+        "calibration.seed": 6,
+        "targets": None,
+        "ignore": [],
+        "blocks": None,
+        "dtype": "auto",
+    }
+    recipes = [FULL, *(with_value(path, value) for path, value in changes.items())]
+    prints = {CompressionRecipe.from_dict(values).fingerprint() for values in recipes}
+    assert len(prints) == len(recipes)
+
+
+def test_a_recipe_is_frozen():
+    recipe = CompressionRecipe.from_dict(FULL)
+    with pytest.raises(ValidationError):
+        recipe.method = "svd"
+    with pytest.raises(ValidationError):
+        recipe.budget.param_ratio = 0.1
+
+
+def test_errors_are_ours():
+    assert issubclass(RecipeError, SlimrankError)
+    assert issubclass(BudgetError, SlimrankError)

@@ -1,0 +1,86 @@
+"""Reports read back as they were written, and refuse what they were not."""
+
+import json
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from slimrank import CompressionReport
+from slimrank.errors import CheckpointError
+from slimrank.report import SizeReport
+
+SIZE = {
+    "target_params_before": 1000,
+    "target_params": 755,
+    "model_params_before": 2000,
+    "model_params": 1755,
+    "weight_bytes_before": 8_000_000,
+    "weight_bytes": 7_020_000,
+    "int8_bytes": 5_000_000,
+}
+
+
+@pytest.fixture(scope="module")
+def report(make_compressed):
+    return make_compressed("qwen2")[1]
+
+
+def test_round_trip(report):
+    text = report.model_dump_json()
+    again = CompressionReport.from_json(text, "report.json")
+    assert again == report
+    assert again.model_dump_json() == text
+    assert CompressionReport.from_json(report.model_dump_json(indent=2), "r") == report
+
+
+def test_every_figure_is_finite(report):
+    for linear in report.linears:
+        for value in linear.model_dump().values():
+            assert not isinstance(value, float) or math.isfinite(value)
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+    assert report.peak_bytes > 1_000_000
+
+
+def test_what_a_run_leaves_behind(report):
+    assert {"slimrank", "torch", "transformers", "python", "device", "dtype"} <= set(
+        report.environment
+    )
+    assert report.environment["device"] == "cpu"
+    assert {"load", "calibrate", "solve", "check"} <= set(report.seconds)
+    assert len(report.calibration_fingerprint) == 64
+    assert report.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"extra": 1}, "extra"),
+        ({"tokens": "many"}, "tokens"),
+        ({"size": None}, "size"),
+        ({"linears": [{"name": "x"}]}, r"linears\.0\.rank"),
+        ({"recipe": {"budget": {"param_ratio": 7}}}, "recipe"),
+    ],
+)
+def test_a_changed_report_is_refused_by_key(report, change, key):
+    values = json.loads(report.model_dump_json()) | change
+    with pytest.raises(CheckpointError, match=f"here is no report: {key}"):
+        CompressionReport.from_json(json.dumps(values), "here")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1"])
+def test_what_is_no_report(text):
+    with pytest.raises(CheckpointError, match="here is no report"):
+        CompressionReport.from_json(text, "here")
+
+
+def test_a_report_is_frozen(report):
+    with pytest.raises(ValidationError):
+        report.tokens = 5
+
+
+def test_the_line_says_both_ways_of_counting():
+    assert SizeReport(**SIZE).line() == (
+        "kept 75.5 % (removed 24.5 %) of the targeted linears, 87.8 % (12.2 %) of the whole model; "
+        "8.0 -> 7.0 MB on disk (int8 of the dense model: 5.0 MB)"
+    )
