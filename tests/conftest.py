@@ -1,13 +1,11 @@
 """Fixtures of all tests: tiny models, tokens for them, folders that hold them. No network."""
 
-import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,19 +14,8 @@ import torch
 import slimrank
 from slimrank import CompressionRecipe, CompressionReport, TokenWindows, compress
 from slimrank.calibration import packaged_text
+from tiny import models as TINY
 
-
-def _tiny() -> ModuleType:
-    path = Path(__file__).parent / "tiny" / "models.py"
-    spec = importlib.util.spec_from_file_location("slimrank_tiny_models", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = _tiny()
 torch.set_num_threads(1)  # matrices this small run no faster on more
 
 

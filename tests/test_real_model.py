@@ -5,6 +5,7 @@ smaller by what the report says, and the methods that look at activations beat t
 not, by far.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def recipe(method: str) -> CompressionRecipe:
         {
             "budget": {"param_ratio": 0.8},
             "method": method,
-            "calibration": {"num_sequences": 16, "sequence_length": 512},
+            "calibration": {"num_sequences": 8, "sequence_length": 512},
         }
     )
 
@@ -53,6 +54,15 @@ def fresh_process(folder: Path, ids: torch.Tensor, imported: bool) -> torch.Tens
     command = [sys.executable, "-c", FRESH, *map(str, (folder, inputs, outputs)), how]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return load_file(outputs)["logits"] if done.returncode == 0 else None
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    """The tiny tests run on one thread; this one has work for all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_the_main_job(tmp_path):
