@@ -5,9 +5,10 @@ from importlib.metadata import version
 from slimrank import evaluation
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import load, register
-from slimrank.compression import CompressionOptions, compress
+from slimrank.compression import compress
 from slimrank.errors import SlimrankError
 from slimrank.nn import LowRankLinear
+from slimrank.options import CompressionOptions
 from slimrank.planning import plan
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport

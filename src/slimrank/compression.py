@@ -1,41 +1,26 @@
 """The one data flow: anatomy, tokens, ranks, blocks, report, folder."""
 
-import os
-import platform
-import resource
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimrank.allocation import RankPlan
-from slimrank.calibration import (
-    Batch,
-    TokenWindows,
-    check_on_tokens,
-    collect_moments,
-    default_batch_size,
-    draw_windows,
-    embed_batches,
-    read_text,
-)
-from slimrank.checkpoint import folder_bytes, mark_compressed, require_writable, write_folder
-from slimrank.errors import NumericalError, NumericalWarning, RecipeError, SlimrankWarning
-from slimrank.linalg import Moments, effective_rank, output_loss
-from slimrank.methods import Method, method_by_name
-from slimrank.model import Anatomy, LinearSite, replace_linear
-from slimrank.nn import LowRankLinear
+from slimrank.blockwise import factorise_blocks
+from slimrank.calibration import TokenWindows, draw_windows, read_text
+from slimrank.checkpoint import mark_compressed, require_writable, write_folder
+from slimrank.environment import Clock, environment, peak_bytes
+from slimrank.errors import RecipeError, SlimrankWarning
+from slimrank.methods import method_by_name
+from slimrank.model import Anatomy, replace_linear
+from slimrank.options import CompressionOptions
 from slimrank.planning import PROBE_TOKENS, allocate, num_embeddings, planned_size
 from slimrank.recipe import CompressionRecipe
-from slimrank.report import CompressionReport, LinearReport, SizeReport
+from slimrank.report import CompressionReport
 from slimrank.source import (
     load_model,
     load_tokenizer,
@@ -44,44 +29,6 @@ from slimrank.source import (
     require_finite_weights,
     tokenize,
 )
-
-Track = Callable[[Iterable[int], str], Iterable[int]]
-
-
-def _untracked(steps: Iterable[int], _what: str) -> Iterable[int]:
-    return steps
-
-
-@dataclass(frozen=True, slots=True)
-class CompressionOptions:
-    """How to run: never changes the result beyond rounding, and is not saved.
-
-    Parameters
-    ----------
-    device : str, optional
-        Where forwards and solves run: 'cpu', 'cuda', 'cuda:1'. Default: where the model is.
-    batch_size : int, optional
-        Windows at once; by default about 4,096 tokens.
-    track : callable
-        Wraps the loop over blocks, given a description, to show progress.
-    """
-
-    device: str | None = None
-    batch_size: int | None = None
-    track: Track = _untracked
-
-
-@dataclass(slots=True)
-class _Clock:
-    """Seconds of each phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def compress(
@@ -134,47 +81,67 @@ def compress(
     True
     """
     options = options or CompressionOptions()
-    clock = _Clock()
     if out is not None:
         require_writable(Path(out))
     with _gathered_warnings() as messages:
-        with clock.phase("load"):
-            loaded, name, tokenizer = _open(model, recipe, tokenizer, out)
-        loaded = loaded.to(options.device) if options.device else loaded
-        method = method_by_name(recipe.method)
-        anatomy, ranks = allocate(loaded, recipe)
-        shrinks = any(rank is not None for rank in ranks.ranks.values())
-        if method.needs_moments and shrinks:
-            windows = windows or _draw(recipe, tokenizer)
-            windows.check_vocabulary(num_embeddings(loaded))
-        else:
-            windows = None
-        planned = planned_size(loaded, anatomy, ranks)
-        with _put_back_on_error(loaded, anatomy if loaded is model else anatomy.only(())):
-            linears = _walk(loaded, anatomy, ranks, method, windows, options, clock)
-        mark_compressed(loaded)
-
-    def report(weight_bytes: int) -> CompressionReport:
-        return CompressionReport(
-            model=name,
-            recipe=recipe,
-            recipe_fingerprint=recipe.fingerprint(),
-            calibration_fingerprint=windows.fingerprint() if windows else "",
-            tokens=windows.tokens if windows else 0,
-            size=SizeReport(**(planned.model_dump() | {"weight_bytes": weight_bytes})),
-            linears=tuple(linears),
-            seconds=dict(clock.seconds),
-            peak_bytes=_peak_bytes(),
-            environment=_environment(loaded),
-            warnings=tuple(messages),
-        )
-
+        done = _factorise(model, recipe, out, tokenizer, windows, options)
+    report = done.report.model_copy(update={"warnings": tuple(messages)})
     if out is None:
-        return report(folder_bytes(loaded))
-    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(loaded)
-    if windows:
-        probe = next(windows.batches(1))[:, :128]
-    return write_folder(loaded, tokenizer, Path(out), report, probe)
+        return report
+    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(done.model)
+    if done.windows:
+        probe = next(done.windows.batches(1))[:, :128]
+    return write_folder(done.model, done.tokenizer, Path(out), report, probe)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A compressed model in memory, and what is to be written with it."""
+
+    model: Any
+    tokenizer: Any
+    windows: TokenWindows | None
+    report: CompressionReport
+
+
+def _factorise(
+    model: str | Path | nn.Module,
+    recipe: CompressionRecipe,
+    out: str | Path | None,
+    tokenizer: Any,
+    windows: TokenWindows | None,
+    options: CompressionOptions,
+) -> _Done:
+    """Load, plan, draw, walk the blocks, report: all but writing."""
+    clock = Clock()
+    with clock.phase("load"):
+        loaded, name, tokenizer = _open(model, recipe, tokenizer, out)
+    loaded = loaded.to(options.device) if options.device else loaded
+    method = method_by_name(recipe.method)
+    anatomy, ranks = allocate(loaded, recipe)
+    if method.needs_moments and any(rank is not None for rank in ranks.ranks.values()):
+        windows = windows or _draw(recipe, tokenizer)
+        windows.check_vocabulary(num_embeddings(loaded))
+    else:
+        windows = None
+    size = planned_size(loaded, anatomy, ranks)
+    with _put_back_on_error(loaded, anatomy if loaded is model else anatomy.only(())):
+        linears = factorise_blocks(loaded, anatomy, ranks, method, windows, options, clock)
+    mark_compressed(loaded)
+    report = CompressionReport(
+        model=name,
+        recipe=recipe,
+        recipe_fingerprint=recipe.fingerprint(),
+        calibration_fingerprint=windows.fingerprint() if windows else "",
+        tokens=windows.tokens if windows else 0,
+        size=size,
+        linears=tuple(linears),
+        seconds=clock.seconds,
+        peak_bytes=peak_bytes(),
+        environment=environment(loaded),
+        warnings=(),
+    )
+    return _Done(loaded, tokenizer, windows, report)
 
 
 def _open(
@@ -207,118 +174,6 @@ def _draw(recipe: CompressionRecipe, tokenizer: Any) -> TokenWindows:
     return draw_windows(ids, calibration.num_sequences, calibration.sequence_length, generator)
 
 
-def _walk(
-    model: Any,
-    anatomy: Anatomy,
-    ranks: RankPlan,
-    method: Method,
-    windows: TokenWindows | None,
-    options: CompressionOptions,
-    clock: _Clock,
-) -> list[LinearReport]:
-    """Take the original activations through the blocks; factorise each when they have passed."""
-    linears = {
-        site.name: LinearReport(
-            name=site.name,
-            rank=None,
-            params_before=site.shape.dense_params,
-            params=site.shape.dense_params,
-            tokens=0,
-        )
-        for site in anatomy.sites
-    }
-    factored = anatomy.only(name for name, rank in ranks.ranks.items() if rank is not None)
-    blocks = list(model.get_submodule(anatomy.path).children())
-    last = max((site.block for site in factored.sites), default=-1)
-    batches: list[Batch] = []
-    if windows:
-        length = max(len(window) for window in windows.windows)
-        size = options.batch_size or default_batch_size(length)
-        with clock.phase("calibrate"):
-            batches = embed_batches(model, anatomy, windows, size)
-    for index in options.track(range(last + 1), "compressing"):
-        for linear in _block(model, blocks[index], index, factored, ranks, method, batches, clock):
-            linears[linear.name] = linear
-    return list(linears.values())
-
-
-def _block(
-    model: Any,
-    block: nn.Module,
-    index: int,
-    anatomy: Anatomy,
-    ranks: RankPlan,
-    method: Method,
-    batches: list[Batch],
-    clock: _Clock,
-) -> list[LinearReport]:
-    """Moments of one block, its solves, the check on tokens, the swap."""
-    groups = anatomy.groups[index]
-    moments: dict[str, Moments] = {}
-    of_last: dict[str, Moments] = {}
-    entering = batches[-1] if batches else None
-    if batches:
-        with clock.phase("calibrate"):
-            collected = collect_moments(model, block, index, groups, batches)
-        for group, total, last in zip(groups, collected.total, collected.last, strict=True):
-            moments |= dict.fromkeys((site.name for site in group.sites), total)
-            of_last |= dict.fromkeys((site.name for site in group.sites), last)
-    replacements: dict[str, LowRankLinear] = {}
-    reports: list[LinearReport] = []
-    with clock.phase("solve"):
-        for site in (site for group in groups for site in group.sites):
-            rank = ranks.ranks[site.name]
-            assert rank is not None
-            replacement, linear = _solve(model, site, rank, method, moments.get(site.name))
-            replacements[site.name] = replacement
-            reports.append(linear)
-    gaps: dict[str, float] = {}
-    if entering is not None:
-        with clock.phase("check"):
-            gaps = check_on_tokens(model, block, index, entering, replacements, of_last)
-    for name, replacement in replacements.items():
-        replace_linear(model, name, replacement)
-    return [r.model_copy(update={"token_check": gaps.get(r.name)}) for r in reports]
-
-
-def _solve(
-    model: Any, site: LinearSite, rank: int, method: Method, moments: Moments | None
-) -> tuple[LowRankLinear, LinearReport]:
-    """Solve one linear, and say what was promised and what the factors give."""
-    start = time.perf_counter()
-    linear = model.get_submodule(site.name)
-    tokens = moments.tokens if moments else 0
-    if moments and tokens < rank:
-        warnings.warn(
-            f"{site.name} saw {tokens} tokens, fewer than its rank {rank}; what they leave open is "
-            "settled by the weight alone",
-            NumericalWarning,
-            stacklevel=2,
-        )
-    try:
-        solved = method.decompose(linear.weight.detach(), moments)
-    except NumericalError as error:
-        raise type(error)(f"{site.name}: {error}") from error
-    factors = solved.truncate(rank)
-    replacement = LowRankLinear.from_factors(linear, factors)
-    moment = moments.original if moments else None
-    energy = solved.energy or 1.0
-    report = LinearReport(
-        name=site.name,
-        rank=rank,
-        params_before=site.shape.dense_params,
-        params=site.shape.params(rank),
-        tokens=tokens,
-        effective_rank=effective_rank(solved.singular_values),
-        predicted_loss=solved.loss(rank) / energy,
-        measured_loss=output_loss(linear.weight, factors, moment) / energy,
-        stored_loss=output_loss(linear.weight, replacement.factors(), moment) / energy,
-        jitter=solved.jitter,
-        seconds=time.perf_counter() - start,
-    )
-    return replacement, report
-
-
 @contextmanager
 def _put_back_on_error(model: Any, anatomy: Anatomy) -> Iterator[None]:
     """Leave a user's model as it was if a run fails half-way."""
@@ -343,24 +198,3 @@ def _gathered_warnings() -> Iterator[list[str]]:
         )
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _environment(model: Any) -> dict[str, str]:
-    parameter = next(model.parameters())
-    return {
-        "slimrank": version("slimrank"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(parameter.device),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "threads": str(torch.get_num_threads()),
-        "cores": str(os.cpu_count()),
-    }

@@ -14,9 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from slimrank.calibration import packaged_text
-from slimrank.compression import CompressionOptions, Track, compress
+from slimrank.compression import compress
 from slimrank.errors import ModelError
 from slimrank.evaluation import EvalResult, perplexity
+from slimrank.options import CompressionOptions, Track
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize

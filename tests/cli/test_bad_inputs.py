@@ -250,7 +250,9 @@ def test_loss_that_is_not_finite(model, text):
 def test_interrupt_in_the_middle(model, text, tmp_path, number):
     """A run that is stopped while it writes leaves nothing, and says so in one line."""
     script = (
-        "import sys, time, transformers\n"
+        "import signal, sys, time, transformers\n"
+        # A job in the background is started with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "save = transformers.PreTrainedModel.save_pretrained\n"
         "def slow(self, folder, **kwargs):\n"
         "    save(self, folder, **kwargs)\n"

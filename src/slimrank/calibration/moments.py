@@ -1,11 +1,11 @@
 """Second moments of one block's inputs, taken while a batch passes through it."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from slimrank.calibration.replay import Batch, run_block
@@ -105,41 +105,54 @@ def check_on_tokens(
     NumericalError
         If they disagree: the moments are then not those of what the linears receive.
     """
-    errors: dict[str, float] = dict.fromkeys(replacements, 0.0)
-    energies: dict[str, float] = dict.fromkeys(replacements, 0.0)
-
-    def measure(name: str) -> Callable[[Tensor], None]:
-        linear = model.get_submodule(name)
-        factors = replacements[name].factors()
-        assert isinstance(linear, nn.Linear)
-
-        def add(inputs: Tensor) -> None:
-            tokens = inputs.reshape(-1, linear.in_features).float()
-            outputs = tokens @ linear.weight.detach().float().mT
-            gap = outputs - tokens @ factors.right.float().mT @ factors.left.float().mT
-            errors[name] += float(gap.double().square().sum())
-            energies[name] += float(outputs.double().square().sum())
-
-        return add
-
-    with _hooks(model, {name: measure(name) for name in replacements}):
+    sums = {name: _ErrorSums() for name in replacements}
+    takers = {
+        name: _measurer(model.get_submodule(name), replacement, sums[name])
+        for name, replacement in replacements.items()
+    }
+    with _hooks(model, takers):
         run_block(block, index, batch)
     gaps: dict[str, float] = {}
     for name, replacement in replacements.items():
-        if moments[name].tokens == 0:
+        tokens = moments[name].tokens
+        if tokens == 0:
             continue
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        expected = output_loss(linear.weight, replacement.factors(), moments[name].original)
-        seen = errors[name] / moments[name].tokens
-        floor = 1e-6 * energies[name] / moments[name].tokens
-        gaps[name] = abs(seen - expected) / max(seen, floor, torch.finfo(torch.float64).tiny)
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        expected = output_loss(weight, replacement.factors(), moments[name].original)
+        seen, energy = sums[name].error / tokens, sums[name].energy / tokens
+        gaps[name] = abs(seen - expected) / max(seen, 1e-6 * energy, sys.float_info.min)
         if not gaps[name] <= TOKEN_CHECK:
             raise NumericalError(
                 f"{name}: the error on the tokens of a batch is {seen:.6g}, but the batch's second "
                 f"moment says {expected:.6g}; please report this model"
             )
     return gaps
+
+
+@dataclass(slots=True)
+class _ErrorSums:
+    """Over tokens: squared error of a replacement, and squared norm of the original's outputs."""
+
+    error: float = 0.0
+    energy: float = 0.0
+
+
+def _measurer(
+    linear: nn.Module, replacement: LowRankLinear, sums: _ErrorSums
+) -> Callable[[Tensor], None]:
+    assert isinstance(linear, nn.Linear)
+    weight = linear.weight.detach().float()
+    factors = replacement.factors()
+    left, right = factors.left.float(), factors.right.float()
+
+    def measure(inputs: Tensor) -> None:
+        tokens = inputs.reshape(-1, weight.shape[1]).float()
+        outputs = tokens @ weight.mT
+        sums.error += float((outputs - tokens @ right.mT @ left.mT).double().square().sum())
+        sums.energy += float(outputs.double().square().sum())
+
+    return measure
 
 
 @contextmanager

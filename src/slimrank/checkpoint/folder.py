@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def write_folder(
     model: Any,
     tokenizer: Any,
     out: Path,
-    report: Callable[[int], CompressionReport],
+    report: CompressionReport,
     probe: Tensor,
 ) -> CompressionReport:
     """Write model, tokenizer, recipe, report and card; load them again and compare; rename.
@@ -56,8 +56,8 @@ def write_folder(
     tokenizer : transformers.PreTrainedTokenizerBase or None
     out : Path
         Must not exist.
-    report : callable
-        Given the bytes of the weight files, the report.
+    report : CompressionReport
+        Written with the bytes that the weight files turn out to have.
     probe : Tensor of shape (1, tokens)
         Token ids on which the logits of both models are compared.
 
@@ -75,7 +75,8 @@ def write_folder(
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        finished = report(weight_file_bytes(folder))
+        size = report.size.model_copy(update={"weight_bytes": weight_file_bytes(folder)})
+        finished = report.model_copy(update={"size": size})
         (folder / RECIPE).write_text(finished.recipe.to_yaml(), encoding="utf-8")
         (folder / REPORT).write_text(finished.model_dump_json(indent=1), encoding="utf-8")
         (folder / CARD).write_text(model_card(finished, out.name), encoding="utf-8")

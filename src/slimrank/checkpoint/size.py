@@ -29,7 +29,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     Examples
     --------
     >>> safetensors_bytes({"a": torch.zeros(2, 2)})
-    128
+    112
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -7,7 +7,8 @@ import typer
 
 from slimrank.cli import options as opt
 from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span, track
-from slimrank.compression import CompressionOptions, compress
+from slimrank.compression import compress
+from slimrank.options import CompressionOptions
 from slimrank.report import CompressionReport, LinearReport
 
 

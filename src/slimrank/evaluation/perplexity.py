@@ -75,6 +75,13 @@ def perplexity(
             losses.append(_window_loss(model, window, number))
     finally:
         model.train(was_training)
+    return _result(losses, windows, sequence_length, time.perf_counter() - start)
+
+
+def _result(
+    losses: list[tuple[float, int]], windows: TokenWindows, sequence_length: int, seconds: float
+) -> EvalResult:
+    """Perplexity and its standard error from the summed loss and token count of each window."""
     tokens = sum(count for _, count in losses)
     mean = sum(loss for loss, _ in losses) / tokens
     spread = sum((loss - count * mean) ** 2 for loss, count in losses)
@@ -87,7 +94,7 @@ def perplexity(
         windows=len(losses),
         sequence_length=sequence_length,
         data_fingerprint=windows.fingerprint(),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
     )
 
 

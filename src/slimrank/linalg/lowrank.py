@@ -159,18 +159,12 @@ def decompose_outputs(
     ([10.0, 3.0, 2.0], 13.0)
     """
     target = _checked(target, moment)
-    out_features, in_features = target.shape
     if moment is None:
         basis, values, _ = torch.linalg.svd(target, full_matrices=False)
-    elif out_features <= in_features:
-        output_moment = symmetrize(target @ moment.to(target) @ target.mT)
-        basis, values = _descending(output_moment)
     else:
-        seen = target @ symmetric_root(symmetrize(moment.to(target)))
-        rotation, values = _descending(symmetrize(seen.mT @ seen))
-        basis = torch.linalg.qr(seen @ rotation).Q
-    if moment is not None:
-        noise = target.square().sum() * torch.linalg.matrix_norm(moment.to(target))
+        moment = symmetrize(moment.to(target))
+        basis, values = _leading_outputs(target, moment)
+        noise = target.square().sum() * torch.linalg.matrix_norm(moment)
         basis = _settle_open_directions(basis, values, target, float(noise), tokens)
     return Decomposition(basis=fix_signs(basis), target=target, singular_values=values)
 
@@ -226,6 +220,17 @@ def _checked(target: Tensor, moment: Tensor | None) -> Tensor:
     if moment is not None:
         require_finite(moment, "the second moment")
     return target.detach().double()
+
+
+def _leading_outputs(target: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of ``T S Tᵀ`` and the roots of its eigenvalues, by the smaller side."""
+    out_features, in_features = target.shape
+    if out_features <= in_features:
+        return _descending(symmetrize(target @ moment @ target.mT))
+    seen = target @ symmetric_root(moment)
+    rotation, values = _descending(symmetrize(seen.mT @ seen))
+    basis: Tensor = torch.linalg.qr(seen @ rotation).Q
+    return basis, values
 
 
 def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,29 @@
+"""How to run a recipe: what changes nothing in the result beyond rounding."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+Track = Callable[[Iterable[int], str], Iterable[int]]
+
+
+def _untracked(steps: Iterable[int], _what: str) -> Iterable[int]:
+    return steps
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionOptions:
+    """How to run: never changes the result beyond rounding, and is not saved.
+
+    Parameters
+    ----------
+    device : str, optional
+        Where forwards and solves run: 'cpu', 'cuda', 'cuda:1'. Default: where the model is.
+    batch_size : int, optional
+        Windows at once; by default about 4,096 tokens.
+    track : callable
+        Wraps the loop over blocks, given a description, to show progress.
+    """
+
+    device: str | None = None
+    batch_size: int | None = None
+    track: Track = _untracked
