@@ -53,7 +53,7 @@ class TokenWindows:
         digest = hashlib.sha256()
         for window in self.windows:
             digest.update(len(window).to_bytes(8, "little"))
-            digest.update(window.to(torch.int64).numpy().tobytes())
+            digest.update(window.to("cpu", torch.int64).numpy().tobytes())
         return digest.hexdigest()
 
     def check_vocabulary(self, size: int) -> None:

@@ -14,8 +14,8 @@ pipeline_tag: text-generation
 
 # {title}
 
-{name} with {count} of its linears factorised to low rank by
-[slimrank](https://pypi.org/project/slimrank/) {version}, method `{method}`.{origin}
+{name} with {count} of its linears factorised to low rank by slimrank {version}, method
+`{method}`.{origin}
 
 **Size**: {line}.
 
