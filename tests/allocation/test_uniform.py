@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimrank.allocation import Budget, LinearShape, uniform
+from slimrank.allocation import Budget, LinearShape, RankPlan, uniform
 from slimrank.errors import BudgetError
 
 relaxed = settings(deadline=None, max_examples=60)
@@ -250,3 +250,193 @@ def test_the_share_is_a_whole_one_where_no_linear_can_shrink():
         uniform(shapes, Budget(0.5))
     named = float(str(caught.value).rpartition(" ")[2])
     assert named == 1.0
+
+
+# with ranks that are fixed
+
+
+def holding(shapes, data):
+    """Fixed ranks for some of the linears, break-even or not."""
+    named = data.draw(st.lists(st.sampled_from(shapes), min_size=1, unique=True), label="held")
+    return {
+        s.name: data.draw(st.integers(1, min(s.out_features, s.in_features)), label=s.name)
+        for s in named
+    }
+
+
+@pytest.mark.parametrize(
+    ("budget", "fixed", "expected"),
+    [
+        # 960 of 1200; a 10 x 40 takes 50 a rank, a 20 x 20 takes 40
+        # 10 · 50 is over its 400: 460 are left to 800, so 5.75 each
+        (Budget(0.8), {"k": 10}, [5, 5, 10]),
+        # 2 · 50: 860 are left to 800
+        (Budget(0.8), {"k": 2}, [None, None, 2]),
+        # 3 · 50: 810 are left, still all; 4 · 50: 760 of 800, so 9.5 each
+        (Budget(0.8), {"k": 3}, [None, None, 3]),
+        (Budget(0.8), {"k": 4}, [9, 9, 4]),
+        # neither multiple nor least rank touch a fixed one
+        (Budget(0.8, multiple_of=4, min_rank=4), {"k": 10}, [4, 4, 10]),
+        (Budget(0.8, multiple_of=4, min_rank=4), {"k": 3}, [None, None, 3]),
+        # 20 · 40 + 2 · 50 leave 60 to q of 400: 1.5
+        (Budget(0.8), {"o": 20, "k": 2}, [1, 20, 2]),
+        # everything is kept: 500 for k in place of 400 is over 1200, and allowed
+        (Budget(1.0), {"k": 10}, [None, None, 10]),
+        (Budget(1.0, scope="model"), {"k": 10, "o": 20}, [None, 20, 10]),
+        (Budget(1.0), {"k": 1}, [None, None, 1]),
+        # 0.8 of 1300 less 100 is 940; 440 of 800, so 5.5 each
+        (Budget(0.8, scope="model"), {"k": 10}, [5, 5, 10]),
+        (Budget(0.8), {}, [8, 8, 6]),
+    ],
+)
+def test_fixed_ranks_by_hand(budget, fixed, expected):
+    shapes = [LinearShape("q", 20, 20), LinearShape("o", 20, 20), LinearShape("k", 10, 40)]
+    plan = uniform(shapes, budget, other_params=100, fixed=fixed)
+    assert plan.ranks == dict(zip(["q", "o", "k"], expected, strict=True))
+
+
+@given(
+    shapes=LINEARS, ratio=RATIOS, step=STEPS, least=st.integers(1, 5), scope=SCOPES, data=st.data()
+)
+@relaxed
+def test_fixed_ranks_come_back_and_the_budget_holds(shapes, ratio, step, least, scope, data):
+    fixed = holding(shapes, data)
+    other = data.draw(st.integers(0, 2000), label="other")
+    budget = Budget(ratio, scope=scope, multiple_of=step, min_rank=least)
+    try:
+        plan = uniform(shapes, budget, other, fixed)
+    except BudgetError:
+        return
+    assert list(plan.ranks) == [shape.name for shape in shapes]
+    assert {name: plan.ranks[name] for name in fixed} == fixed
+    size = sum(s.dense_params for s in shapes)
+    stays = other if scope == "model" else 0
+    if ratio < 1:
+        assert plan.params(shapes) + stays <= Fraction(str(ratio)) * (size + stays)
+    free = [s for s in shapes if s.name not in fixed]
+    factorised = [s for s in free if plan.ranks[s.name] is not None]
+    if factorised:
+        slack = sum(step * s.params_per_rank for s in factorised)
+        assert plan.params(shapes) + stays > Fraction(str(ratio)) * (size + stays) - slack - 1
+    for s in factorised:
+        assert budget.smallest_rank <= plan.ranks[s.name] <= s.break_even_rank
+        assert plan.ranks[s.name] % step == 0
+
+
+@given(shapes=LINEARS, ratio=RATIOS, step=STEPS, scope=SCOPES, data=st.data())
+@relaxed
+def test_linears_that_are_not_fixed_get_the_same_share(shapes, ratio, step, scope, data):
+    """The plan is that of the others alone, with what the fixed ones leave as the whole budget."""
+    fixed = holding(shapes, data)
+    other = data.draw(st.integers(0, 2000), label="other")
+    budget = Budget(ratio, scope=scope, multiple_of=step)
+    try:
+        plan = uniform(shapes, budget, other, fixed)
+    except BudgetError:
+        return
+    free = [s for s in shapes if s.name not in fixed]
+    cost = sum(s.params(fixed[s.name]) for s in shapes if s.name in fixed)
+    shrinkable = [s for s in free if step <= s.break_even_rank]
+    size = sum(s.dense_params for s in shrinkable)
+    stays = sum(s.dense_params for s in free) - size
+    share = (budget.allowance(shapes, other) - cost - stays) / size if size else Fraction(1)
+    for s in free:
+        if ratio == 1 or share >= 1 or s not in shrinkable:
+            assert plan.ranks[s.name] is None
+        else:
+            most = share * s.dense_params / s.params_per_rank
+            assert plan.ranks[s.name] <= most < plan.ranks[s.name] + step
+
+
+@given(shapes=LINEARS, ratio=RATIOS, step=STEPS, scope=SCOPES, data=st.data())
+@relaxed
+def test_the_share_that_an_error_names_works_with_fixed_ranks(shapes, ratio, step, scope, data):
+    fixed = holding(shapes, data)
+    other = data.draw(st.integers(0, 2000), label="other")
+    try:
+        uniform(shapes, Budget(ratio, scope=scope, multiple_of=step), other, fixed)
+    except BudgetError as error:
+        message = str(error)
+        if "keep more" in message:  # what no target holds is over the budget: no share is named
+            return
+        assert "the fixed ranks (" in message
+        named = float(message.rpartition("the smallest share that works is ")[2])
+        assert ratio < named <= 1
+        uniform(shapes, Budget(named, scope=scope, multiple_of=step), other, fixed)
+
+
+def test_an_error_names_what_the_fixed_ranks_take():
+    """0.4 of 800 is 320: the fixed ones take 300 of it, and q needs 40; 340 is 0.425 of 800."""
+    shapes = [LinearShape("q", 20, 20), LinearShape("k", 10, 20), LinearShape("v", 10, 20)]
+    message = (
+        r"keep 0\.4 is below rank 1 for some linear \(q is the first\): the fixed ranks "
+        r"\(k and 1 more\) take 300 of the 320 parameters that it allows; "
+        r"the smallest share that works is 0\.4250"
+    )
+    with pytest.raises(BudgetError, match=message):
+        uniform(shapes, Budget(0.4), fixed={"k": 5, "v": 5})
+    assert uniform(shapes, Budget(0.425), fixed={"k": 5, "v": 5}).ranks["q"] == 1
+
+
+def test_an_error_says_where_the_fixed_ranks_are_all_there_is():
+    message = (
+        r"keep 0\.5 is too little: the fixed ranks \(k\) take 150 of the 100 parameters that it "
+        r"allows; the smallest share that works is 0\.7500"
+    )
+    with pytest.raises(BudgetError, match=message):
+        uniform([LinearShape("k", 10, 20)], Budget(0.5), fixed={"k": 5})
+
+
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        ({"k": 0}, "k: fixed rank 0 is not within 1 and 10"),
+        ({"k": 11}, "k: fixed rank 11 is not within 1 and 10"),
+        ({"kv": 3}, "kv: rank 3 is fixed, but no targeted linear has this name"),
+    ],
+)
+@pytest.mark.parametrize("ratio", [0.01, 0.9, 1.0])
+def test_fixed_ranks_that_no_linear_can_have_are_refused(fixed, message, ratio):
+    with pytest.raises(BudgetError, match=message):
+        uniform([LinearShape("k", 10, 40)], Budget(ratio), fixed=fixed)
+
+
+HELD = [LinearShape("a", 8, 8), LinearShape("b", 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "budget", "fixed"),
+    [
+        ({"a": 8, "b": None}, Budget(1.0), {"a": 8}),  # 144 of 80, 64 of it for a over dense
+        ({"a": 8, "b": None}, Budget(1.0, scope="model"), {"a": 8}),
+        ({"a": None, "b": 4}, Budget(1.0, min_rank=3, multiple_of=3), {"b": 4}),
+        ({"a": 1, "b": 4}, Budget(0.6), {"b": 4}),  # 48 of 48
+    ],
+)
+def test_check_takes_fixed_ranks(ranks, budget, fixed):
+    RankPlan(ranks).check(HELD, budget, 20, fixed)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "budget", "fixed", "message"),
+    [
+        ({"a": 3, "b": None}, Budget(1.0), {"a": 4}, "a: rank 3 is fixed at 4"),
+        ({"a": None, "b": None}, Budget(1.0), {"a": 4}, "a: rank None is fixed at 4"),
+        ({"a": 8, "b": None}, Budget(1.0), None, "a: rank 8 is out of bounds"),
+        ({"a": 8, "b": 4}, Budget(1.0), {"a": 8}, "b: rank 4 is out of bounds"),
+        ({"a": 9, "b": None}, Budget(1.0), {"a": 9}, "a: fixed rank 9 is not within 1 and 8"),
+        ({"a": 2, "b": 4}, Budget(0.79), {"b": 4}, "keeps 64 parameters of 63"),
+        ({"a": 8, "b": None}, Budget(0.99), {"a": 8}, "keeps 144 parameters of 79"),
+    ],
+)
+def test_check_refuses_beside_fixed_ranks(ranks, budget, fixed, message):
+    with pytest.raises(BudgetError, match=message):
+        RankPlan(ranks).check(HELD, budget, 20, fixed)
+
+
+def test_the_excess_at_keep_all_is_that_of_the_fixed_ranks_together():
+    """Of 64 and 16: a is 16 over dense and b 8 under, so the sum is 8 over, and allowed."""
+    fixed = {"a": 5, "b": 1}
+    plan = uniform(HELD, Budget(1.0), fixed=fixed)
+    assert plan.params(HELD) == 80 + 16 - 8
+    plan.check(HELD, Budget(1.0), 0, fixed)

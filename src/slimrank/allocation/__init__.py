@@ -1,6 +1,8 @@
-"""Ranks from budgets; nothing here is larger than a list of shapes."""
+"""Ranks from budgets; nothing here is larger than a spectrum."""
 
 from slimrank.allocation.budget import Budget, LinearShape, RankPlan
+from slimrank.allocation.profile import LinearProfile
+from slimrank.allocation.swift import swift
 from slimrank.allocation.uniform import uniform
 
-__all__ = ["Budget", "LinearShape", "RankPlan", "uniform"]
+__all__ = ["Budget", "LinearProfile", "LinearShape", "RankPlan", "swift", "uniform"]

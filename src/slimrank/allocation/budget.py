@@ -145,20 +145,62 @@ class RankPlan:
         """Parameters that the plan keeps of these linears."""
         return sum(shape.params(self.ranks[shape.name]) for shape in shapes)
 
-    def check(self, shapes: Sequence[LinearShape], budget: Budget, other_params: int) -> None:
+    def check(
+        self,
+        shapes: Sequence[LinearShape],
+        budget: Budget,
+        other_params: int,
+        fixed: Mapping[str, int] | None = None,
+    ) -> None:
         """Hold the plan to its budget.
+
+        Parameters
+        ----------
+        shapes : sequence of LinearShape
+        budget : Budget
+        other_params : int
+            See `Budget.allowance`.
+        fixed : mapping of str to int, optional
+            Ranks decided elsewhere, even above break-even. At `param_ratio` 1 the sum may be over
+            the budget by what they cost over dense, and by no more.
 
         Raises
         ------
         BudgetError
             If a rank is outside its bounds, or the sum is over the budget.
         """
+        fixed = fixed or {}
+        require_fixed(shapes, fixed)
         for shape in shapes:
             rank = self.ranks[shape.name]
+            if shape.name in fixed:
+                if rank != fixed[shape.name]:
+                    raise BudgetError(f"{shape.name}: rank {rank} is fixed at {fixed[shape.name]}")
+                continue
             if rank is not None and not budget.smallest_rank <= rank <= shape.break_even_rank:
                 raise BudgetError(f"{shape.name}: rank {rank} is out of bounds")
             if rank is not None and rank % budget.multiple_of:
                 raise BudgetError(f"{shape.name}: rank {rank} is no multiple")
         allowed = budget.target_params(shapes, other_params)
+        if budget.param_ratio == 1:
+            held = [shape for shape in shapes if shape.name in fixed]
+            allowed += max(self.params(held) - sum(shape.dense_params for shape in held), 0)
         if self.params(shapes) > allowed:
             raise BudgetError(f"the plan keeps {self.params(shapes)} parameters of {allowed}")
+
+
+def require_fixed(shapes: Sequence[LinearShape], fixed: Mapping[str, int]) -> None:
+    """Refuse fixed ranks that no linear can have.
+
+    Raises
+    ------
+    BudgetError
+        If a name is not among the shapes, or a rank not within 1 and ``min(out, in)``.
+    """
+    known = {shape.name: shape for shape in shapes}
+    for name, rank in fixed.items():
+        if name not in known:
+            raise BudgetError(f"{name}: rank {rank} is fixed, but no targeted linear has this name")
+        largest = min(known[name].out_features, known[name].in_features)
+        if not 1 <= rank <= largest:
+            raise BudgetError(f"{name}: fixed rank {rank} is not within 1 and {largest}")
