@@ -6,12 +6,44 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from slimrank.errors import RecipeError
+from slimrank.errors import ModelError, RecipeError
+from slimrank.model.attention import AttentionSite
+from slimrank.nn import SplitLinear
 
 
 def replace_linear(model: nn.Module, name: str, replacement: nn.Module) -> None:
     """Put a module in the place of the one with this dotted name."""
     model.set_submodule(name, replacement)
+
+
+def split_fused(model: nn.Module, sites: Iterable[AttentionSite]) -> None:
+    """Give keys and values linears of their own where one linear makes both.
+
+    The model computes the same; each weight is copied once and then let go. `find_attention` finds
+    the parts afterwards, as ``<linear>.keys`` and ``<linear>.values``.
+
+    Parameters
+    ----------
+    model : nn.Module
+    sites : iterable of AttentionSite
+        Those with linears of their own are left alone.
+
+    Raises
+    ------
+    ModelError
+        If a fused projection is factorised already.
+    """
+    for site in sites:
+        if site.key_rows is None or site.value_rows is None:
+            continue
+        linear = model.get_submodule(site.keys)
+        if not isinstance(linear, nn.Linear):
+            raise ModelError(
+                f"{site.keys} is a {type(linear).__name__}; split fused projections first, "
+                "factorise afterwards"
+            )
+        split = SplitLinear.from_linear(linear, site.key_rows, site.value_rows)
+        replace_linear(model, site.keys, split)
 
 
 def matches(name: str, pattern: str) -> bool:
