@@ -258,3 +258,18 @@ def test_its_repr_shows_the_sides_and_the_rank():
     assert "in_features=8, out_features=6, rank=2, bias=False" in text
     assert "(latent): Linear(in_features=8, out_features=2, bias=False)" in text
     assert "(expand): Linear(in_features=2, out_features=6, bias=False)" in text
+
+
+def test_latents_are_heard_and_expanded():
+    _, _, layer = made()
+    inputs, heard = normal(3, 4, 5, 8), []
+    names = list(layer.state_dict())
+    layer.on_latent = heard.append
+    outputs = layer(inputs)
+    assert len(heard) == 1
+    assert torch.equal(heard[0], layer.latent(inputs))
+    assert torch.equal(layer.expand_latents(heard[0]), outputs)
+    assert list(layer.state_dict()) == names
+    layer.on_latent = None
+    assert torch.equal(layer(inputs), outputs)
+    assert len(heard) == 1

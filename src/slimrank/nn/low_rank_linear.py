@@ -1,5 +1,7 @@
 """A linear of low rank: two thin linears with a latent between."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,12 @@ class LowRankLinear(nn.Module):
     device, dtype : optional
         As for ``nn.Linear``.
 
+    Attributes
+    ----------
+    on_latent : callable or None
+        Called in `forward` with the latents, ``(..., rank)``, before they are expanded: where a
+        cache of latents listens. No part of the state.
+
     Examples
     --------
     >>> layer = LowRankLinear(8, 6, rank=2)
@@ -33,6 +41,7 @@ class LowRankLinear(nn.Module):
     """
 
     weight: Tensor
+    on_latent: Callable[[Tensor], None] | None = None
 
     def __init__(
         self,
@@ -94,7 +103,14 @@ class LowRankLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        outputs: Tensor = self.expand(self.latent(inputs))
+        latents = self.latent(inputs)
+        if self.on_latent is not None:
+            self.on_latent(latents)
+        return self.expand_latents(latents)
+
+    def expand_latents(self, latents: Tensor) -> Tensor:
+        """Map latents ``(..., rank)`` to ``(..., out)``: the second half of `forward`."""
+        outputs: Tensor = self.expand(latents)
         return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:
