@@ -25,9 +25,9 @@ from slimrank.linalg import Moments
 from slimrank.methods import METHODS, method_by_name
 from slimrank.model import Anatomy, replace_linear
 from slimrank.nn import LowRankLinear
-from slimrank.planning import allocate
 from slimrank.recipe import CalibrationRecipe, CompressionRecipe
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
+from slimrank.targets import find_work
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
@@ -57,7 +57,8 @@ def main() -> None:
     ids = tokenize(load_tokenizer(source), read_text(CalibrationRecipe(source=(options.text,))))
     generator = torch.Generator().manual_seed(options.seed)
     windows = draw_windows(ids, options.num_sequences, options.sequence_length, generator)
-    anatomy, ranks = allocate(model, recipe)
+    work = find_work(model, recipe)
+    anatomy, ranks = work.anatomy, work.uniform(recipe)
     moments: dict[str, Moments] = {}
 
     def forward() -> None:

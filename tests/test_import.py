@@ -39,6 +39,16 @@ def test_import_loads_nothing_heavy_beyond_transformers():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+def test_help_loads_no_plots_and_no_statistics():
+    done = run(
+        "import sys\nsys.argv = ['slimrank', 'analyze', '--help']\nimport slimrank.cli\n"
+        "try: slimrank.cli.main()\nexcept SystemExit: pass\n"
+        "print(sorted({'matplotlib', 'scipy.stats'} & set(sys.modules)))"
+    )
+    assert "analysis.json" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_registering_twice_is_safe():
     done = run("import slimrank; from slimrank.checkpoint import register; register()")
     assert done.returncode == 0, done.stderr

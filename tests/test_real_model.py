@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
-from slimrank import CompressionRecipe, compress
+from slimrank import CompressionRecipe, compress, profile
 from slimrank.calibration import packaged_text
+from slimrank.checkpoint import read_report
 from slimrank.demo import continue_text, fetch_model
 from slimrank.evaluation import perplexity
+from slimrank.nn import cache_bytes
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
 
 pytestmark = [
@@ -93,3 +96,43 @@ def test_the_main_job(tmp_path):
             assert len(continue_text(model, tokenizer, "The alphabet is", tokens=8).split()) > 3
     assert found["swift-svd"] == pytest.approx(found["svd-llm"], rel=1e-3)
     assert found["dense"] < found["swift-svd"] < 0.1 * found["svd"]
+
+
+def test_one_profile_serves_every_size_and_the_cache(tmp_path):
+    source = parse_source(fetch_model())
+    tokenizer = load_tokenizer(source)
+    calibration = {"num_sequences": 8, "sequence_length": 256, "held_out_sequences": 1}
+    small = {"budget": {"param_ratio": 0.6}, "calibration": calibration}
+    profile(
+        source.name,
+        CompressionRecipe.from_dict(small),
+        tmp_path / "profile",
+        for_kv_cache=True,
+    )
+    ids = tokenize(tokenizer, packaged_text("evaluation"))[None, :300]
+    dynamic = {"allocation": "swift", "swift": {"importance_weight": 0.5}}
+    for name, settings in (("uniform", {}), ("dynamic", dynamic)):
+        report = compress(
+            load_model(source),
+            CompressionRecipe.from_dict(small | settings),
+            tokenizer=tokenizer,
+            profile=tmp_path / "profile",
+            out=tmp_path / name,
+        )
+        assert report.seconds.keys() == {"load", "build"} | ({"allocate"} if settings else set())
+        low = [linear for linear in report.linears if linear.rank is not None]
+        for linear in low:
+            assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-6)
+    sizes = [read_report(tmp_path / name).size.target_params for name in ("uniform", "dynamic")]
+    assert sizes[0] == sizes[1]
+    latent = load_model(source)
+    cached = {"budget": {"param_ratio": 1.0}, "kv_cache": {"keep": 0.5}}
+    compress(latent, CompressionRecipe.from_dict(cached), profile=tmp_path / "profile")
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        tokens = latent.generate(ids, **options)
+        assert torch.equal(tokens, latent.generate(ids, use_cache=False, **options))
+        cache = DynamicCache(config=latent.config)
+        latent(ids, past_key_values=cache, use_cache=True)
+    # thirty blocks of 96 + 96 numbers for each token, and one pair of position embeddings of 64
+    assert cache_bytes(cache) == 300 * 4 * (30 * 192 + 2 * 64)

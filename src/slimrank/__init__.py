@@ -4,12 +4,13 @@ from importlib.metadata import version
 
 from slimrank import evaluation
 from slimrank.calibration import TokenWindows
-from slimrank.checkpoint import load, register
+from slimrank.checkpoint import load, read_profile, register
 from slimrank.compression import compress
 from slimrank.errors import SlimrankError
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.planning import plan
+from slimrank.profiling import profile
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 
@@ -29,4 +30,6 @@ __all__ = [
     "evaluation",
     "load",
     "plan",
+    "profile",
+    "read_profile",
 ]

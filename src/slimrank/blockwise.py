@@ -2,14 +2,19 @@
 
 import time
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from slimrank.allocation import RankPlan
 from slimrank.calibration import (
     Batch,
     TokenWindows,
+    after_blocks,
     check_on_tokens,
     collect_moments,
     default_batch_size,
@@ -17,12 +22,177 @@ from slimrank.calibration import (
 )
 from slimrank.environment import Clock
 from slimrank.errors import NumericalError, NumericalWarning
-from slimrank.linalg import Moments, effective_rank, output_loss
+from slimrank.linalg import Decomposition, Moments, effective_rank, output_loss
 from slimrank.methods import Method
-from slimrank.model import Anatomy, LinearSite, replace_linear
+from slimrank.model import Anatomy, InputGroup, LinearSite, replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.report import LinearReport
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPass:
+    """What is known of a block when all tokens have passed it; its linears are still dense.
+
+    Parameters
+    ----------
+    index : int
+    block : nn.Module
+    groups : tuple of InputGroup
+    moments, of_last : dict of str to Moments
+        By linear: over all batches, and over the last one. Empty without calibration.
+    entering : Batch or None
+        The last batch, in front of the block.
+    influence : float
+        See `slimrank.calibration.BlockInfluence`; 0.0 without calibration.
+    influence_after_norm : float or None
+        Of the last block, with the final norm counted in.
+    """
+
+    index: int
+    block: nn.Module
+    groups: tuple[InputGroup, ...]
+    moments: dict[str, Moments]
+    of_last: dict[str, Moments]
+    entering: Batch | None
+    influence: float
+    influence_after_norm: float | None
+
+    @property
+    def sites(self) -> Iterator[LinearSite]:
+        """Linears of the block, in call order."""
+        return (site for group in self.groups for site in group.sites)
+
+
+def pass_blocks(
+    model: Any,
+    anatomy: Anatomy,
+    windows: TokenWindows | None,
+    options: CompressionOptions,
+    clock: Clock,
+    count: int,
+    what: str,
+) -> Iterator[BlockPass]:
+    """Take the original activations through the blocks, one block after the other.
+
+    Each block may be changed once it was yielded: the tokens have passed it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    anatomy : Anatomy
+        Of the linears whose inputs are wanted.
+    windows : TokenWindows or None
+        None if no moments are needed.
+    options : CompressionOptions
+    clock : Clock
+    count : int
+        How many blocks.
+    what : str
+        Description for the progress bar.
+
+    Raises
+    ------
+    NumericalError
+        If an activation is not finite.
+    ModelError
+        If the model cannot be replayed block by block.
+    """
+    blocks = list(model.get_submodule(anatomy.path).children())
+    batches: list[Batch] = []
+    if windows:
+        length = max(len(window) for window in windows.windows)
+        size = options.batch_size or default_batch_size(length)
+        with clock.phase("calibrate"):
+            batches = embed_batches(model, anatomy, windows, size)
+    for index in options.track(range(count), what):
+        groups = anatomy.groups[index]
+        entering = batches[-1] if batches else None
+        moments: dict[str, Moments] = {}
+        of_last: dict[str, Moments] = {}
+        influence, after_norm = 0.0, None
+        if batches:
+            behind = partial(after_blocks, model, anatomy) if index == len(blocks) - 1 else None
+            with clock.phase("calibrate"):
+                collected = collect_moments(model, blocks[index], index, groups, batches, behind)
+            influence, after_norm = collected.influence, collected.influence_behind
+            for group, total, last in zip(groups, collected.total, collected.last, strict=True):
+                moments |= dict.fromkeys((site.name for site in group.sites), total)
+                of_last |= dict.fromkeys((site.name for site in group.sites), last)
+        yield BlockPass(
+            index, blocks[index], groups, moments, of_last, entering, influence, after_norm
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """One linear, solved for every rank that is asked for."""
+
+    decomposition: Decomposition
+    moment: Tensor | None
+    tokens: int
+    seconds: float
+
+
+def solve(
+    model: Any, site: LinearSite, columns: int, method: Method, moments: Moments | None
+) -> Solved:
+    """Decompose one linear, and keep what is worth storing of it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    site : LinearSite
+    columns : int
+        The largest rank that is asked for.
+    method : Method
+    moments : Moments or None
+
+    Raises
+    ------
+    NumericalError
+        If the weight is not finite or has no solution, with the linear's name.
+
+    Warns
+    -----
+    NumericalWarning
+        If fewer tokens were seen than columns are asked for.
+    """
+    start = time.perf_counter()
+    weight = model.get_submodule(site.name).weight.detach()
+    tokens = moments.tokens if moments else 0
+    if moments and tokens < columns:
+        warnings.warn(
+            f"{site.name} saw {tokens} tokens, fewer than its rank {columns}; what they leave open "
+            "is settled by the weight alone",
+            NumericalWarning,
+            stacklevel=2,
+        )
+    try:
+        solved = method.decompose(weight, moments)
+    except NumericalError as error:
+        raise type(error)(f"{site.name}: {error}") from error
+    kept = solved.shortened(columns, torch.promote_types(weight.dtype, torch.float32))
+    seconds = time.perf_counter() - start
+    return Solved(kept, moments.original if moments else None, tokens, seconds)
+
+
+def check_block(
+    model: Any, passed: BlockPass, replacements: Mapping[str, LowRankLinear], clock: Clock
+) -> dict[str, float]:
+    """Hold the moments of a block against real tokens (see `check_on_tokens`).
+
+    Returns
+    -------
+    dict of str to float
+        Relative gap by linear; empty without calibration.
+    """
+    if passed.entering is None:
+        return {}
+    with clock.phase("check"):
+        return check_on_tokens(
+            model, passed.block, passed.index, passed.entering, replacements, passed.of_last
+        )
 
 
 def factorise_blocks(
@@ -61,103 +231,51 @@ def factorise_blocks(
     ModelError
         If the model cannot be replayed block by block.
     """
-    linears = {
-        site.name: LinearReport(
-            name=site.name,
-            rank=None,
-            params_before=site.shape.dense_params,
-            params=site.shape.dense_params,
-            tokens=0,
-        )
-        for site in anatomy.sites
-    }
+    linears = {site.name: dense_report(site) for site in anatomy.sites}
     factored = anatomy.only(name for name, rank in ranks.ranks.items() if rank is not None)
-    blocks = list(model.get_submodule(anatomy.path).children())
-    last = max((site.block for site in factored.sites), default=-1)
-    batches: list[Batch] = []
-    if windows:
-        length = max(len(window) for window in windows.windows)
-        size = options.batch_size or default_batch_size(length)
-        with clock.phase("calibrate"):
-            batches = embed_batches(model, anatomy, windows, size)
-    for index in options.track(range(last + 1), "compressing"):
-        for linear in _block(model, blocks[index], index, factored, ranks, method, batches, clock):
-            linears[linear.name] = linear
+    count = 1 + max((site.block for site in factored.sites), default=-1)
+    for passed in pass_blocks(model, factored, windows, options, clock, count, "compressing"):
+        replacements: dict[str, LowRankLinear] = {}
+        for site in passed.sites:
+            rank = ranks.ranks[site.name]
+            assert rank is not None
+            with clock.phase("solve"):
+                solved = solve(model, site, rank, method, passed.moments.get(site.name))
+                replacements[site.name], linears[site.name] = _truncate(model, site, rank, solved)
+        gaps = check_block(model, passed, replacements, clock)
+        for name, replacement in replacements.items():
+            replace_linear(model, name, replacement)
+            linears[name] = linears[name].model_copy(update={"token_check": gaps.get(name)})
     return list(linears.values())
 
 
-def _block(
-    model: Any,
-    block: nn.Module,
-    index: int,
-    anatomy: Anatomy,
-    ranks: RankPlan,
-    method: Method,
-    batches: list[Batch],
-    clock: Clock,
-) -> list[LinearReport]:
-    """Moments of one block, its solves, the check on tokens, the swap."""
-    groups = anatomy.groups[index]
-    moments: dict[str, Moments] = {}
-    of_last: dict[str, Moments] = {}
-    entering = batches[-1] if batches else None
-    if batches:
-        with clock.phase("calibrate"):
-            collected = collect_moments(model, block, index, groups, batches)
-        for group, total, last in zip(groups, collected.total, collected.last, strict=True):
-            moments |= dict.fromkeys((site.name for site in group.sites), total)
-            of_last |= dict.fromkeys((site.name for site in group.sites), last)
-    replacements: dict[str, LowRankLinear] = {}
-    reports: list[LinearReport] = []
-    with clock.phase("solve"):
-        for site in (site for group in groups for site in group.sites):
-            rank = ranks.ranks[site.name]
-            assert rank is not None
-            replacement, linear = _solve(model, site, rank, method, moments.get(site.name))
-            replacements[site.name] = replacement
-            reports.append(linear)
-    gaps: dict[str, float] = {}
-    if entering is not None:
-        with clock.phase("check"):
-            gaps = check_on_tokens(model, block, index, entering, replacements, of_last)
-    for name, replacement in replacements.items():
-        replace_linear(model, name, replacement)
-    return [r.model_copy(update={"token_check": gaps.get(r.name)}) for r in reports]
+def dense_report(site: LinearSite) -> LinearReport:
+    """Report of a linear that stays as it is."""
+    size = site.shape.dense_params
+    return LinearReport(name=site.name, rank=None, params_before=size, params=size, tokens=0)
 
 
-def _solve(
-    model: Any, site: LinearSite, rank: int, method: Method, moments: Moments | None
+def _truncate(
+    model: Any, site: LinearSite, rank: int, solved: Solved
 ) -> tuple[LowRankLinear, LinearReport]:
-    """Solve one linear, and say what was promised and what the factors give."""
+    """Make the layer, and say what was promised and what the factors give."""
     start = time.perf_counter()
     linear = model.get_submodule(site.name)
-    tokens = moments.tokens if moments else 0
-    if moments and tokens < rank:
-        warnings.warn(
-            f"{site.name} saw {tokens} tokens, fewer than its rank {rank}; what they leave open is "
-            "settled by the weight alone",
-            NumericalWarning,
-            stacklevel=2,
-        )
-    try:
-        solved = method.decompose(linear.weight.detach(), moments)
-    except NumericalError as error:
-        raise type(error)(f"{site.name}: {error}") from error
-    factors = solved.truncate(rank)
+    found = solved.decomposition
+    factors = found.truncate(rank)
     replacement = LowRankLinear.from_factors(linear, factors)
-    moment = moments.original if moments else None
-    energy = solved.energy or 1.0
+    energy = found.energy or 1.0
     report = LinearReport(
         name=site.name,
         rank=rank,
         params_before=site.shape.dense_params,
         params=site.shape.params(rank),
-        tokens=tokens,
-        effective_rank=effective_rank(solved.singular_values),
-        predicted_loss=solved.loss(rank) / energy,
-        measured_loss=output_loss(linear.weight, factors, moment) / energy,
-        stored_loss=output_loss(linear.weight, replacement.factors(), moment) / energy,
-        jitter=solved.jitter,
-        seconds=time.perf_counter() - start,
+        tokens=solved.tokens,
+        effective_rank=effective_rank(found.singular_values),
+        predicted_loss=found.loss(rank) / energy,
+        measured_loss=output_loss(linear.weight, factors, solved.moment) / energy,
+        stored_loss=output_loss(linear.weight, replacement.factors(), solved.moment) / energy,
+        jitter=found.jitter,
+        seconds=solved.seconds + time.perf_counter() - start,
     )
     return replacement, report

@@ -1,34 +1,36 @@
 """The one data flow: anatomy, tokens, ranks, blocks, report, folder."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimrank.blockwise import factorise_blocks
-from slimrank.calibration import TokenWindows, draw_windows, read_text
-from slimrank.checkpoint import mark_compressed, require_writable, write_folder
-from slimrank.environment import Clock, environment, peak_bytes
-from slimrank.errors import RecipeError, SlimrankWarning
+from slimrank.building import Made, build, hold_against
+from slimrank.calibration import TokenWindows, hold_out
+from slimrank.checkpoint import (
+    folder_bytes,
+    mark_compressed,
+    read_profile,
+    require_writable,
+    write_folder,
+)
+from slimrank.drawing import draw
+from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
+from slimrank.errors import RecipeError
 from slimrank.methods import method_by_name
-from slimrank.model import Anatomy, replace_linear
+from slimrank.model import weights_fingerprint
 from slimrank.options import CompressionOptions
-from slimrank.planning import PROBE_TOKENS, allocate, num_embeddings, planned_size
+from slimrank.profiling import ProfiledModel, require_moments, write_profile
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
-from slimrank.source import (
-    load_model,
-    load_tokenizer,
-    parse_source,
-    require_dense,
-    require_finite_weights,
-    tokenize,
-)
+from slimrank.search import require_held_out
+from slimrank.source import open_dense
+from slimrank.targets import PROBE_TOKENS, Work, find_work, num_embeddings
 
 
 def compress(
@@ -38,6 +40,7 @@ def compress(
     out: str | Path | None = None,
     tokenizer: Any = None,
     windows: TokenWindows | None = None,
+    profile: str | Path | None = None,
     options: CompressionOptions | None = None,
 ) -> CompressionReport:
     """Make a causal language model smaller by activation-aware low-rank factorisation.
@@ -54,6 +57,8 @@ def compress(
         Of a model in memory: tokenizes the calibration text, and is saved beside the model.
     windows : TokenWindows, optional
         Calibrate on these instead of the recipe's text.
+    profile : str or Path, optional
+        A profile of this very model (see `slimrank.profile`): nothing is calibrated then.
     options : CompressionOptions, optional
         How to run.
 
@@ -65,8 +70,8 @@ def compress(
     ------
     SlimrankError
         `RecipeError`, `BudgetError`, `TextError`, `ModelError`, `NumericalError` or
-        `CheckpointError`; then nothing is written, and a model in memory is as it was (unless only
-        the writing failed: then it is compressed).
+        `CheckpointError` (also for a profile of something else); then nothing is written, and a
+        model in memory is as it was (unless only the writing failed: then it is compressed).
 
     Examples
     --------
@@ -83,15 +88,12 @@ def compress(
     options = options or CompressionOptions()
     if out is not None:
         require_writable(Path(out))
-    with _gathered_warnings() as messages:
-        done = _factorise(model, recipe, out, tokenizer, windows, options)
+    with gathered_warnings() as messages:
+        done = _factorise(model, recipe, out, tokenizer, windows, profile, options)
     report = done.report.model_copy(update={"warnings": tuple(messages)})
     if out is None:
         return report
-    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(done.model)
-    if done.windows:
-        probe = next(done.windows.batches(1))[:, :128]
-    return write_folder(done.model, done.tokenizer, Path(out), report, probe)
+    return write_folder(done.model, done.tokenizer, Path(out), report, done.probe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class _Done:
 
     model: Any
     tokenizer: Any
-    windows: TokenWindows | None
+    probe: Tensor
     report: CompressionReport
 
 
@@ -110,91 +112,95 @@ def _factorise(
     out: str | Path | None,
     tokenizer: Any,
     windows: TokenWindows | None,
+    profile: str | Path | None,
     options: CompressionOptions,
 ) -> _Done:
     """Load, plan, draw, walk the blocks, report: all but writing."""
     clock = Clock()
+    if out is None and not isinstance(model, nn.Module):
+        raise RecipeError("a model given by its path needs a folder to be written to: out=...")
+    opened = None if profile is None else read_profile(profile)
     with clock.phase("load"):
-        loaded, name, tokenizer = _open(model, recipe, tokenizer, out)
+        loaded, name, tokenizer = open_dense(model, recipe.dtype, tokenizer)
     loaded = loaded.to(options.device) if options.device else loaded
-    method = method_by_name(recipe.method)
-    anatomy, ranks = allocate(loaded, recipe)
-    if method.needs_moments and any(rank is not None for rank in ranks.ranks.values()):
-        windows = windows or _draw(recipe, tokenizer)
-        windows.check_vocabulary(num_embeddings(loaded))
-    else:
-        windows = None
-    size = planned_size(loaded, anatomy, ranks)
-    with _put_back_on_error(loaded, anatomy if loaded is model else anatomy.only(())):
-        linears = factorise_blocks(loaded, anatomy, ranks, method, windows, options, clock)
-    mark_compressed(loaded)
+    needs_profile = opened is not None or recipe.allocation == "swift"
+    source = ProfiledModel(loaded, name, weights_fingerprint(loaded) if needs_profile else "")
+    split_alike = opened is not None and opened.manifest.for_kv_cache
+    work = find_work(loaded, recipe, split_alike=split_alike)
+    with work.put_back_on_error(loaded) if isinstance(model, nn.Module) else nullcontext():
+        if opened is not None:
+            recipe = hold_against(opened, source, work, recipe, windows, tokenizer)
+            made = build(loaded, work, recipe, opened, options, clock)
+        elif recipe.allocation == "swift":
+            made = _profile_and_build(source, work, recipe, windows, tokenizer, out, options, clock)
+        else:
+            made = _calibrate_and_build(loaded, work, recipe, windows, tokenizer, options, clock)
+        size = work.size(made.ranks, folder_bytes(loaded))
+        mark_compressed(loaded, work.attentions if work.kv_cache else None)
     report = CompressionReport(
         model=name,
         recipe=recipe,
         recipe_fingerprint=recipe.fingerprint(),
-        calibration_fingerprint=windows.fingerprint() if windows else "",
-        tokens=windows.tokens if windows else 0,
+        calibration_fingerprint=made.calibration_fingerprint,
+        tokens=made.tokens,
         size=size,
-        linears=tuple(linears),
+        linears=tuple(made.linears),
+        allocation=made.allocation,
+        kv_cache=work.kv_cache,
         seconds=clock.seconds,
         peak_bytes=peak_bytes(),
         environment=environment(loaded),
         warnings=(),
     )
-    return _Done(loaded, tokenizer, windows, report)
+    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(loaded)
+    return _Done(loaded, tokenizer, probe if made.probe is None else made.probe[None, :128], report)
 
 
-def _open(
-    model: str | Path | nn.Module,
+def _calibrate_and_build(
+    model: Any,
+    work: Work,
     recipe: CompressionRecipe,
+    windows: TokenWindows | None,
+    tokenizer: Any,
+    options: CompressionOptions,
+    clock: Clock,
+) -> Made:
+    """Uniform ranks, known beforehand: each block is factorised when the tokens have passed it."""
+    method = method_by_name(recipe.method)
+    ranks = work.uniform(recipe)
+    if method.needs_moments and any(rank is not None for rank in ranks.ranks.values()):
+        windows = windows or draw(recipe.calibration, tokenizer, with_held_out=False)
+        windows.check_vocabulary(num_embeddings(model))
+    else:
+        windows = None
+    linears = factorise_blocks(model, work.anatomy, ranks, method, windows, options, clock)
+    return Made(
+        ranks=ranks,
+        linears=linears,
+        calibration_fingerprint=windows.fingerprint() if windows else "",
+        tokens=windows.tokens if windows else 0,
+        probe=windows.windows[0] if windows else None,
+    )
+
+
+def _profile_and_build(
+    source: ProfiledModel,
+    work: Work,
+    recipe: CompressionRecipe,
+    windows: TokenWindows | None,
     tokenizer: Any,
     out: str | Path | None,
-) -> tuple[Any, str, Any]:
-    """Model in eval mode, its name, and its tokenizer if it has one or needs one."""
-    if isinstance(model, nn.Module):
-        require_dense(model, type(model).__name__)
-        require_finite_weights(model, type(model).__name__)
-        name = str(getattr(model, "name_or_path", "")) or type(model).__name__
-        return model.eval(), name, tokenizer
-    if out is None:
-        raise RecipeError("a model given by its path needs a folder to be written to: out=...")
-    source = parse_source(model)
-    loaded = load_model(source, recipe.dtype)
-    require_dense(loaded, source.name)
-    return loaded, source.name, tokenizer or load_tokenizer(source)
-
-
-def _draw(recipe: CompressionRecipe, tokenizer: Any) -> TokenWindows:
-    """Windows of the recipe's text."""
-    if tokenizer is None:
-        raise RecipeError("a model in memory needs tokenizer=... or windows=... to calibrate on")
-    calibration = recipe.calibration
-    generator = torch.Generator().manual_seed(calibration.seed)
-    ids = tokenize(tokenizer, read_text(calibration))
-    return draw_windows(ids, calibration.num_sequences, calibration.sequence_length, generator)
-
-
-@contextmanager
-def _put_back_on_error(model: Any, anatomy: Anatomy) -> Iterator[None]:
-    """Leave a user's model as it was if a run fails half-way."""
-    linears = {site.name: model.get_submodule(site.name) for site in anatomy.sites}
-    try:
-        yield
-    except BaseException:
-        for name, linear in linears.items():
-            replace_linear(model, name, linear)
-        raise
-
-
-@contextmanager
-def _gathered_warnings() -> Iterator[list[str]]:
-    """Collect our warnings for the report, and give them on to the caller at the end."""
-    messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SlimrankWarning)
-        yield messages
-        messages += dict.fromkeys(
-            str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)
-        )
-    for warning in caught:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    options: CompressionOptions,
+    clock: Clock,
+) -> Made:
+    """Ranks that need the spectra of all blocks: a profile beside the output, gone afterwards."""
+    require_moments(recipe)
+    windows = windows or draw(recipe.calibration, tokenizer, with_held_out=True)
+    if recipe.swift.importance_weight is None:
+        _, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
+        require_held_out(held_out, "the calibration text")
+    beside = None if out is None else next(p for p in Path(out).absolute().parents if p.exists())
+    with TemporaryDirectory(prefix=".slimrank-", dir=beside) as folder:
+        path = Path(folder) / "profile"
+        opened = write_profile(path, source, work, recipe, windows, options, clock)
+        return build(source.model, work, recipe, opened, options, clock)

@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+
+from slimrank.errors import SlimrankWarning
 
 
 @dataclass(slots=True)
@@ -48,3 +51,17 @@ def environment(model: Any) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
     }
+
+
+@contextmanager
+def gathered_warnings() -> Iterator[list[str]]:
+    """Collect our warnings for the report, and give them on to the caller at the end."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SlimrankWarning)
+        yield messages
+        messages += dict.fromkeys(
+            str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)
+        )
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

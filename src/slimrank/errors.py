@@ -47,3 +47,7 @@ class NumericalWarning(SlimrankWarning):
 
 class CoverageWarning(SlimrankWarning):
     """Part of the model stays dense that a user may have expected to shrink."""
+
+
+class SizeWarning(SlimrankWarning):
+    """The result is larger than its budget alone would make it."""

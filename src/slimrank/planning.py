@@ -1,24 +1,20 @@
-"""From a model's shapes and a recipe to ranks, before any work."""
+"""From a model's shapes and a recipe to targets and ranks, before any work."""
 
 import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
-from slimrank.allocation import LinearShape, RankPlan, uniform
+from slimrank.allocation import LinearShape, RankPlan
 from slimrank.calibration import default_batch_size
 from slimrank.checkpoint import folder_bytes
 from slimrank.errors import SlimrankWarning
 from slimrank.methods import method_by_name
-from slimrank.model import Anatomy, block_path, discover, list_sites, select_targets
+from slimrank.model import Anatomy
 from slimrank.recipe import CompressionRecipe
-from slimrank.report import PlannedLinear, PlanReport, SizeReport
+from slimrank.report import PlannedLinear, PlanReport
 from slimrank.source import load_skeleton, parse_source, require_dense
-
-PROBE_TOKENS = 12
-SCALE_BYTES = 2
+from slimrank.targets import Work, find_work
 
 
 def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport:
@@ -51,7 +47,16 @@ def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport
         else:
             name = str(model)
             skeleton = load_skeleton(parse_source(model), recipe.dtype)
-        anatomy, ranks = allocate(skeleton, recipe)
+        work = find_work(skeleton, recipe)
+    with work.put_back_after(skeleton):
+        report = _plan(skeleton, name, work, recipe)
+    told = [str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)]
+    return report.model_copy(update={"warnings": tuple(told)})
+
+
+def _plan(skeleton: nn.Module, name: str, work: Work, recipe: CompressionRecipe) -> PlanReport:
+    """Share out the budget, and count."""
+    anatomy, ranks = work.anatomy, work.uniform(recipe)
     linears = tuple(
         PlannedLinear(
             name=site.name,
@@ -64,75 +69,50 @@ def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport
         for site in anatomy.sites
     )
     memory = calibration_memory(skeleton, anatomy, ranks, recipe)
-    size = planned_size(skeleton, anatomy, ranks)
+    factored = {name: rank for name, rank in ranks.ranks.items() if rank is not None}
+    size = work.size(ranks, folder_bytes(skeleton, factored))
     return PlanReport(
         model=name,
         method=recipe.method,
         size=size,
         linears=linears,
+        kv_cache=work.kv_cache,
         memory_bytes=memory,
+        profile_bytes=profile_bytes(skeleton, work),
         inputs=sum(len(block) for block in anatomy.groups),
-        warnings=tuple(str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)),
+        warnings=(),
     )
 
 
-def allocate(model: nn.Module, recipe: CompressionRecipe) -> tuple[Anatomy, RankPlan]:
-    """Find the targeted linears and share the budget out among them.
+def plan_profile(
+    model: str | Path,
+    recipe: CompressionRecipe,
+    for_kv_cache: bool = False,
+    spectra_only: bool = False,
+) -> int:
+    """Say how many bytes a profile will take on disk (see `slimrank.profile`). Reads no weight.
 
-    Returns
-    -------
-    anatomy : Anatomy
-        Of the targeted linears only.
-    ranks : RankPlan
+    Raises
+    ------
+    ModelError, RecipeError
+        As `plan`.
     """
-    path = block_path(model, recipe.blocks)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SlimrankWarning)  # `discover` looks again and warns
-        names = [site.name for site in list_sites(model, path)]
-    every = [name for name, _ in model.named_modules()]
-    targets = select_targets(names, recipe.targets, recipe.ignore, every)
-    device = next(model.parameters()).device
-    probe = torch.arange(PROBE_TOKENS, device=device)[None] % num_embeddings(model)
-    anatomy = discover(model, probe, path).only(targets)
-    shapes = [site.shape for site in anatomy.sites]
-    other = sum(p.numel() for p in model.parameters()) - sum(s.dense_params for s in shapes)
-    return anatomy, uniform(shapes, recipe.budget.budget(), other)
-
-
-def num_embeddings(model: Any) -> int:
-    """Rows of the embedding: the token ids that the model knows."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def planned_size(model: nn.Module, anatomy: Anatomy, ranks: RankPlan) -> SizeReport:
-    """Budget line of a plan, from a dense model of any device."""
-    shapes = [site.shape for site in anatomy.sites]
-    before = sum(shape.dense_params for shape in shapes)
-    total = sum(p.numel() for p in model.parameters())
-    after = ranks.params(shapes)
-    dense = folder_bytes(model)
-    factored = {name: rank for name, rank in ranks.ranks.items() if rank is not None}
-    return SizeReport(
-        target_params_before=before,
-        target_params=after,
-        model_params_before=total,
-        model_params=total - before + after,
-        weight_bytes_before=dense,
-        weight_bytes=folder_bytes(model, factored),
-        int8_bytes=dense - int8_savings(model, anatomy.path),
-    )
-
-
-def int8_savings(model: nn.Module, path: str) -> int:
-    """Bytes that int8 saves on the linears of the blocks, one scale of two bytes an output."""
+    skeleton = load_skeleton(parse_source(model), recipe.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlimrankWarning)
-        sites = list_sites(model, path)
-    saved = 0
-    for site in sites:
-        width = model.get_submodule(site.name).weight.element_size()  # type: ignore[operator]
-        saved += site.shape.dense_params * (width - 1) - SCALE_BYTES * site.shape.out_features
-    return saved
+        work = find_work(skeleton, recipe, for_kv_cache)
+    return profile_bytes(skeleton, work, spectra_only)
+
+
+def profile_bytes(model: nn.Module, work: Work, spectra_only: bool = False) -> int:
+    """Bytes of a profile on disk, headers left out: bases in float32, spectra in float64."""
+    total = 0
+    for shape in work.shapes:
+        rank = 0 if spectra_only else work.useful_rank(shape)
+        width = max(4, model.get_submodule(shape.name).weight.element_size())  # type: ignore[operator]
+        total += width * shape.out_features * rank
+        total += 8 * (min(shape.out_features, shape.in_features) + rank + 1)
+    return total
 
 
 def calibration_memory(

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -48,7 +48,36 @@ class CalibrationRecipe(_Frozen):
     text_column: str = Field(default="text", description="Column of text in JSON lines or a set.")
     num_sequences: int = Field(default=128, ge=1)
     sequence_length: int = Field(default=2048, ge=2)
+    held_out_sequences: int = Field(
+        default=8, ge=0, description="Further sequences, to choose by and not to calibrate on."
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+
+class SwiftRecipe(_Frozen):
+    """Settings of `slimrank.allocation.swift`."""
+
+    importance_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="α; left out, the best of 0, 0.1, … 1 on held-out text.",
+    )
+    retained_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="δ, the share of its uniform rank that each linear has.",
+    )
+    importance_after_norm: bool = Field(
+        default=False, description="Measure the last block after the final norm, as the authors do."
+    )
+
+
+class KVCacheRecipe(_Frozen):
+    """Keep latents of keys and values instead of keys and values."""
+
+    keep: float = Field(gt=0, le=1, description="Share of the numbers in a dense cache that stay.")
 
 
 class CompressionRecipe(_Frozen):
@@ -60,8 +89,12 @@ class CompressionRecipe(_Frozen):
         How much to keep.
     method : str
         A name from `slimrank.methods.METHODS`.
-    allocation : {'uniform'}
+    allocation : {'uniform', 'swift'}
         How the budget is shared out.
+    swift : SwiftRecipe
+        Settings of allocation 'swift'.
+    kv_cache : KVCacheRecipe, optional
+        Compress the key/value cache.
     calibration : CalibrationRecipe
         Text, windows and seed.
     targets : tuple of str, optional
@@ -85,7 +118,9 @@ class CompressionRecipe(_Frozen):
     version: Literal[1] = 1
     method: str = "swift-svd"
     budget: BudgetRecipe
-    allocation: Literal["uniform"] = "uniform"
+    allocation: Literal["uniform", "swift"] = "uniform"
+    swift: SwiftRecipe = SwiftRecipe()
+    kv_cache: KVCacheRecipe | None = None
     calibration: CalibrationRecipe = CalibrationRecipe()
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
@@ -180,6 +215,6 @@ def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> lis
     """Keys that are allowed where an unknown one stood."""
     for part in location[:-1]:
         annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        kinds = (annotation, *get_args(annotation))  # X, or one of X | None
+        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
     return list(model.model_fields)

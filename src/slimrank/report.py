@@ -72,8 +72,9 @@ class LinearReport(_Frozen):
         What the singular values promise.
     measured_loss : float
         What the float64 factors give, over all calibration tokens.
-    stored_loss : float
-        The same for the factors as stored, rounded to the model's dtype.
+    stored_loss : float or None
+        The same for the factors as stored, rounded to the model's dtype. None from a profile: it
+        keeps the measured losses of all ranks, but not the moments.
     token_check : float or None
         Relative gap between the error of the stored factors on the tokens of the last batch, taken
         token by token, and the same error from that batch's second moment.
@@ -91,10 +92,41 @@ class LinearReport(_Frozen):
     effective_rank: float | None = None
     predicted_loss: float = 0.0
     measured_loss: float = 0.0
-    stored_loss: float = 0.0
+    stored_loss: float | None = 0.0
     token_check: float | None = None
     jitter: float = 0.0
     seconds: float = 0.0
+
+
+class KVCacheReport(_Frozen):
+    """What a token leaves in the key/value cache, in all blocks together.
+
+    Parameters
+    ----------
+    dense_values, latent_values : int
+        Numbers a token, with an ordinary cache and with latents. The latter leaves out what the
+        positions take: one pair of rotary embeddings for all blocks.
+    value_bytes : int
+        Bytes of each.
+    """
+
+    dense_values: int
+    latent_values: int
+    value_bytes: int
+
+    def line(self) -> str:
+        """All of it in one line.
+
+        Examples
+        --------
+        >>> KVCacheReport(dense_values=11520, latent_values=5760, value_bytes=2).line()
+        'key/value cache: 23040 -> 11520 bytes a token (50.0 %)'
+        """
+        return (
+            f"key/value cache: {self.dense_values * self.value_bytes} -> "
+            f"{self.latent_values * self.value_bytes} bytes a token "
+            f"({100 * self.latent_values / self.dense_values:.1f} %)"
+        )
 
 
 class PlannedLinear(_Frozen):
@@ -119,8 +151,11 @@ class PlanReport(_Frozen):
         Exact: it follows from shapes.
     linears : tuple of PlannedLinear
         In call order.
+    kv_cache : KVCacheReport or None
     memory_bytes : dict of str to int
         Estimate of resident memory while calibrating, by what holds it; ``total`` is their sum.
+    profile_bytes : int
+        Of a profile on disk, bases included.
     inputs : int
         Second moments to be summed, one for each distinct input.
     warnings : tuple of str
@@ -130,9 +165,46 @@ class PlanReport(_Frozen):
     method: str
     size: SizeReport
     linears: tuple[PlannedLinear, ...]
+    kv_cache: KVCacheReport | None
     memory_bytes: dict[str, int]
+    profile_bytes: int
     inputs: int
     warnings: tuple[str, ...]
+
+
+class ImportanceWeightTrial(_Frozen):
+    """One α of allocation 'swift', and the perplexity of its model on held-out text."""
+
+    importance_weight: float
+    perplexity: float
+
+
+class AllocationReport(_Frozen):
+    """How allocation 'swift' came to its ranks.
+
+    Parameters
+    ----------
+    importance_weight : float
+        The α that was taken.
+    retained_share : float
+    trials : tuple of ImportanceWeightTrial
+        Each α that was tried; empty if α was given.
+    uniform_perplexity : float or None
+        Of uniform ranks at the same budget, on the same text.
+    held_out_tokens : int
+    held_out_fingerprint : str
+        Of the held-out token ids; they are of the calibration text, and not calibrated on.
+    seconds : float
+        Of the search.
+    """
+
+    importance_weight: float
+    retained_share: float
+    trials: tuple[ImportanceWeightTrial, ...] = ()
+    uniform_perplexity: float | None = None
+    held_out_tokens: int = 0
+    held_out_fingerprint: str = ""
+    seconds: float = 0.0
 
 
 class CompressionReport(_Frozen):
@@ -150,6 +222,10 @@ class CompressionReport(_Frozen):
     size : SizeReport
     linears : tuple of LinearReport
         In call order.
+    allocation : AllocationReport or None
+        None for uniform ranks.
+    kv_cache : KVCacheReport or None
+        None for an ordinary cache.
     seconds : dict of str to float
         Of each phase.
     peak_bytes : int
@@ -166,6 +242,8 @@ class CompressionReport(_Frozen):
     tokens: int
     size: SizeReport
     linears: tuple[LinearReport, ...]
+    allocation: AllocationReport | None = None
+    kv_cache: KVCacheReport | None = None
     seconds: dict[str, float]
     peak_bytes: int
     environment: dict[str, str]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slimrank.checkpoint import LOAD_ERRORS, QUANT_METHOD, read_headers
@@ -87,6 +88,43 @@ def load_model(source: Source, dtype: str = "auto") -> Any:
         raise ModelError(f"{source.name} lacks {len(lost)} weights, such as {sorted(lost)[0]}")
     require_finite_weights(model, source.name)
     return model.eval()
+
+
+def open_dense(
+    model: str | Path | nn.Module, dtype: str, tokenizer: Any = None
+) -> tuple[Any, str, Any]:
+    """Take a model in memory, or load one, and see that it is dense and finite.
+
+    Parameters
+    ----------
+    model : str, Path or PreTrainedModel
+    dtype : str
+        To load in; a model in memory keeps its own.
+    tokenizer : PreTrainedTokenizerBase, optional
+        Given back as it is; loaded if the model is.
+
+    Returns
+    -------
+    model : PreTrainedModel
+        In eval mode.
+    name : str
+    tokenizer : PreTrainedTokenizerBase or None
+        None only for a model in memory that came without.
+
+    Raises
+    ------
+    ModelError, NumericalError, TextError
+        See `load_model` and `load_tokenizer`.
+    """
+    if isinstance(model, nn.Module):
+        require_dense(model, type(model).__name__)
+        require_finite_weights(model, type(model).__name__)
+        name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+        return model.eval(), name, tokenizer
+    source = parse_source(model)
+    loaded = load_model(source, dtype)
+    require_dense(loaded, source.name)
+    return loaded, source.name, tokenizer or load_tokenizer(source)
 
 
 def load_skeleton(source: Source, dtype: str = "auto") -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimrank.calibration.importance import BlockInfluence
 from slimrank.calibration.replay import Batch, run_block
 from slimrank.errors import NumericalError
 from slimrank.linalg import MomentAccumulator, Moments, output_loss
@@ -27,10 +28,16 @@ class BlockMoments:
         Over all batches.
     last : tuple of Moments
         Over the last batch only, to hold against its tokens (see `check_on_tokens`).
+    influence : float
+        Of the block on all tokens (see `BlockInfluence`).
+    influence_behind : float or None
+        The same with what follows the block counted in; None if nobody asked, or the width changes.
     """
 
     total: tuple[Moments, ...]
     last: tuple[Moments, ...]
+    influence: float
+    influence_behind: float | None = None
 
 
 def collect_moments(
@@ -39,6 +46,7 @@ def collect_moments(
     index: int,
     groups: Sequence[InputGroup],
     batches: list[Batch],
+    behind: Callable[[Batch], Tensor] | None = None,
 ) -> BlockMoments:
     """Take all batches through a block once, and sum the second moments of its inputs.
 
@@ -52,6 +60,9 @@ def collect_moments(
     batches : list of Batch
         In front of the block; replaced one by one by what comes out of it, so that hidden states
         are held once.
+    behind : callable, optional
+        What the model makes of the states behind the block (see `after_blocks`): to measure the
+        block's influence with that counted in as well.
 
     Raises
     ------
@@ -61,14 +72,25 @@ def collect_moments(
     device = next(block.parameters()).device
     total = [MomentAccumulator(group.in_features, device) for group in groups]
     last = [MomentAccumulator(group.in_features, device) for group in groups]
+    influence, influence_behind = BlockInfluence(), BlockInfluence()
     for number in range(len(batches)):
         sums = last if number == len(batches) - 1 else total
         takers = {g.sites[0].name: _adder(g, s) for g, s in zip(groups, sums, strict=True)}
+        entering = batches[number].hidden
         with _hooks(model, takers):
             batches[number] = run_block(block, index, batches[number])
+        influence.add(entering, batches[number].hidden)
+        states = behind(batches[number]) if behind else entering[..., :0]
+        if states.shape == entering.shape:
+            influence_behind.add(entering, states)
     for accumulator, extra in zip(total, last, strict=True):
         accumulator.merge(extra)
-    return BlockMoments(tuple(a.result() for a in total), tuple(a.result() for a in last))
+    return BlockMoments(
+        total=tuple(a.result() for a in total),
+        last=tuple(a.result() for a in last),
+        influence=influence.value,
+        influence_behind=influence_behind.value if influence_behind.tokens else None,
+    )
 
 
 def check_on_tokens(

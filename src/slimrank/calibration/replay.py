@@ -90,6 +90,31 @@ def run_block(block: nn.Module, index: int, batch: Batch) -> Batch:
     return replace(batch, hidden=hidden.cpu())
 
 
+@torch.no_grad()
+def after_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
+    """What the model makes of the last block's output before its head: the final norm.
+
+    Parameters
+    ----------
+    model : nn.Module
+    anatomy : Anatomy
+    batch : Batch
+        Behind the last block.
+
+    Returns
+    -------
+    Tensor of shape (batch, length, hidden)
+        The last of the ``hidden_states`` that transformers reports.
+    """
+    device = next(model.parameters()).device
+    ids = torch.zeros(batch.hidden.shape[:2], dtype=torch.int64, device=device)
+    blocks = _blocks(model, anatomy)
+    with _passing_through(blocks, anatomy.extra_outputs, [], [], batch.hidden.to(device)):
+        output = _backbone(model)(input_ids=ids, use_cache=False)
+    states: Tensor = output[0]
+    return states.cpu()
+
+
 def _record(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
     calls: list[Call] = []
     hidden: list[Tensor] = []
@@ -105,8 +130,9 @@ def _passing_through(
     extra_outputs: int | None,
     hidden: list[Tensor],
     calls: list[Call],
+    instead: Tensor | None = None,
 ) -> Iterator[None]:
-    """Let every block return its input, and write down how it was called."""
+    """Let every block return its input, or what is given, and write down how it was called."""
 
     def pass_through(*args: Any, **kwargs: Any) -> Any:
         if args:
@@ -117,6 +143,7 @@ def _passing_through(
             raise ModelError(f"a block was called without hidden states, with {sorted(kwargs)}")
         hidden.append(states)
         calls.append((args, kwargs))
+        states = states if instead is None else instead
         return states if extra_outputs is None else (states, *[None] * extra_outputs)
 
     own = [block.__dict__.get("forward") for block in blocks]

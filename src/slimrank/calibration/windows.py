@@ -123,6 +123,33 @@ def draw_windows(
     return TokenWindows(tuple(ids[s : s + length].clone() for s in starts.tolist()))
 
 
+def hold_out(windows: TokenWindows, count: int) -> tuple[TokenWindows, TokenWindows | None]:
+    """Part the last windows from the others: to choose by, not to calibrate on.
+
+    Parameters
+    ----------
+    windows : TokenWindows
+    count : int
+        How many; at most half of them are parted.
+
+    Returns
+    -------
+    calibration : TokenWindows
+    held_out : TokenWindows or None
+        None if there is only one window, or none was asked for.
+
+    Examples
+    --------
+    >>> windows = TokenWindows((torch.tensor([1]), torch.tensor([2]), torch.tensor([3])))
+    >>> [part.tokens for part in hold_out(windows, 1)]
+    [2, 1]
+    """
+    count = min(count, len(windows.windows) // 2)
+    if count == 0:
+        return windows, None
+    return TokenWindows(windows.windows[:-count]), TokenWindows(windows.windows[-count:])
+
+
 def from_padded(
     ids: Int[Tensor, "batch length"], attention_mask: Tensor | None = None
 ) -> TokenWindows:

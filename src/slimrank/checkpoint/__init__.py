@@ -2,8 +2,16 @@
 
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
 from slimrank.checkpoint.contents import FolderContents, read_folder
-from slimrank.checkpoint.folder import read_report, require_writable, write_folder
+from slimrank.checkpoint.folder import read_report, write_folder
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
+from slimrank.checkpoint.passing import renamed_when_done, require_writable
+from slimrank.checkpoint.profile import (
+    Profile,
+    ProfiledLinear,
+    ProfileManifest,
+    read_profile,
+    require_space,
+)
 from slimrank.checkpoint.quantizer import LowRankQuantizer, mark_compressed, register
 from slimrank.checkpoint.size import (
     folder_bytes,
@@ -19,13 +27,19 @@ __all__ = [
     "LowRankConfig",
     "LowRankLinearConfig",
     "LowRankQuantizer",
+    "Profile",
+    "ProfileManifest",
+    "ProfiledLinear",
     "folder_bytes",
     "load",
     "mark_compressed",
     "read_folder",
     "read_headers",
+    "read_profile",
     "read_report",
     "register",
+    "renamed_when_done",
+    "require_space",
     "require_writable",
     "safetensors_bytes",
     "weight_file_bytes",

@@ -1,7 +1,7 @@
 """All that a loader needs to know, as it stands in ``config.json``."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -10,6 +10,7 @@ from slimrank.errors import CheckpointError
 
 QUANT_METHOD = "low_rank"
 FORMAT_VERSION = 1
+Entry = TypeVar("Entry", bound=BaseModel)
 
 
 class LowRankLinearConfig(BaseModel):
@@ -19,6 +20,24 @@ class LowRankLinearConfig(BaseModel):
 
     rank: int = Field(ge=1)
     pivoted: bool = False
+
+
+class SplitConfig(BaseModel):
+    """A fused projection taken apart: which of its rows make keys and which values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: tuple[tuple[int, int], ...] = Field(min_length=1)
+    values: tuple[tuple[int, int], ...] = Field(min_length=1)
+
+
+class LatentConfig(BaseModel):
+    """An attention whose cache holds latents: the linears of its keys and of its values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: str
+    values: str
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -31,6 +50,10 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     ----------
     linears : mapping of str to LowRankLinearConfig or mapping
         The factorised linears by full module name; what is not listed is dense.
+    splits : mapping of str to SplitConfig or mapping, optional
+        Fused projections that were split, by full name.
+    kv_cache : mapping of str to LatentConfig or mapping, optional
+        Attentions whose cache holds latents, by full name.
     format_version : int
     quant_method : str
         Always ``'low_rank'``.
@@ -50,6 +73,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         linears: Mapping[str, Any] | None = None,
+        splits: Mapping[str, Any] | None = None,
+        kv_cache: Mapping[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -67,24 +92,45 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError("quantization_config.linears is no mapping of names to ranks")
         self.quant_method = quant_method
         self.format_version = format_version
-        self.linears = {name: _linear(name, value) for name, value in linears.items()}
+        self.linears = {
+            name: _entry(LowRankLinearConfig, "linears", name, value)
+            for name, value in linears.items()
+        }
+        for name, linear in self.linears.items():
+            if linear.pivoted:
+                raise CheckpointError(f"{name} is pivoted, a layout this version does not read")
+        self.splits = {
+            name: _entry(SplitConfig, "splits", name, value)
+            for name, value in (splits or {}).items()
+        }
+        self.kv_cache = {
+            name: _entry(LatentConfig, "kv_cache", name, value)
+            for name, value in (kv_cache or {}).items()
+        }
+        for entry in self.kv_cache.values():
+            for name in (entry.keys, entry.values):
+                if name not in self.linears:
+                    raise CheckpointError(
+                        f"quantization_config.kv_cache names {name}, which is not factorised"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``config.json``."""
-        return {
+        values: dict[str, Any] = {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "linears": {name: linear.model_dump() for name, linear in self.linears.items()},
         }
+        for key, entries in (("splits", self.splits), ("kv_cache", self.kv_cache)):
+            if entries:
+                values[key] = {name: e.model_dump(mode="json") for name, e in entries.items()}
+        return values
 
 
-def _linear(name: str, value: Any) -> LowRankLinearConfig:
+def _entry(kind: type[Entry], part: str, name: str, value: Any) -> Entry:
     try:
-        linear = LowRankLinearConfig.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([name, *(str(part) for part in first["loc"])])
-        raise CheckpointError(f"quantization_config.linears.{key}: {first['msg']}") from error
-    if linear.pivoted:
-        raise CheckpointError(f"{name} is pivoted, a layout this version does not read")
-    return linear
+        raise CheckpointError(f"quantization_config.{part}.{key}: {first['msg']}") from error

@@ -1,43 +1,21 @@
 """Write a folder under a passing name, read it back, and only then give it its own name."""
 
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.loading import load
+from slimrank.checkpoint.passing import renamed_when_done
 from slimrank.checkpoint.size import SHARD_SIZE, weight_file_bytes
 from slimrank.errors import CheckpointError, NumericalWarning
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 
 RECIPE, REPORT, CARD = "recipe.yaml", "report.json", "README.md"
-
-
-def require_writable(out: Path) -> None:
-    """See that a folder can be made, before any work.
-
-    Raises
-    ------
-    CheckpointError
-        If it exists already, or its parent cannot be written to.
-    """
-    if out.exists() or out.is_symlink():
-        raise CheckpointError(f"{out} exists already; name a folder that does not")
-    parent = next(p for p in out.absolute().parents if p.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".slimrank-", dir=parent):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {parent}: {error.strerror}") from error
 
 
 def write_folder(
@@ -71,7 +49,7 @@ def write_folder(
     CheckpointError
         If the disk is full, or what is read back is not what was written. Nothing remains then.
     """
-    with _renamed_when_done(out) as folder:
+    with renamed_when_done(out) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -100,26 +78,6 @@ def read_report(folder: str | Path) -> CompressionReport:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     return CompressionReport.from_json(text, str(path))
-
-
-@contextmanager
-def _renamed_when_done(out: Path) -> Iterator[Path]:
-    """Give a passing folder; rename it at the end, or remove it whatever happened."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error}") from error
-    try:
-        folder.chmod(0o755)
-        yield folder
-        if out.exists():
-            raise CheckpointError(f"{out} appeared meanwhile; nothing was written")
-        folder.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {out}: {error}; nothing was kept") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compare(model: Any, folder: Path, report: CompressionReport, probe: Tensor) -> None:

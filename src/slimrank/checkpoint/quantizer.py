@@ -5,7 +5,7 @@ against the skeleton before anything is read, since transformers itself fills a 
 random numbers and goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,14 @@ from transformers.quantizers.base import HfQuantizer
 
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
 from slimrank.checkpoint.size import as_saved, read_headers
-from slimrank.errors import CheckpointError
+from slimrank.errors import CheckpointError, ModelError
 from slimrank.model import replace_linear
-from slimrank.nn import LowRankLinear
+from slimrank.nn import (
+    LowRankLinear,
+    SplitLinear,
+    attach_latent_cache,
+    detach_latent_cache,
+)
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -60,12 +65,17 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         # `.half()` and `.float()` refuse models marked as quantised. Ours holds plain floats.
         model.is_quantized = False  # type: ignore[assignment]
+        attach(model, self.quantization_config)
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LowRankLinear):
-                replace_linear(model, name, module.to_linear())
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        detach_latent_cache(model)
+        for kind in (SplitLinear, LowRankLinear):
+            for name, module in list(model.named_modules()):
+                if isinstance(module, kind):
+                    replace_linear(model, name, module.to_linear())
+        if isinstance(dtype, str):  # a configuration that was saved names it
+            dtype = getattr(torch, dtype)
         return model if dtype is None else model.to(dtype)
 
 
@@ -77,41 +87,71 @@ def register() -> None:
         register_quantizer(QUANT_METHOD)(LowRankQuantizer)
 
 
-def mark_compressed(model: Any) -> None:
-    """Give a model in memory the configuration that `save_pretrained` writes for its factors."""
-    linears = {
-        name: {"rank": module.rank}
-        for name, module in model.named_modules()
-        if isinstance(module, LowRankLinear)
+def mark_compressed(model: Any, attentions: Mapping[str, tuple[str, str]] | None = None) -> None:
+    """Give a model in memory the configuration that `save_pretrained` writes for its factors.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    attentions : mapping of str to (str, str), optional
+        Attentions whose cache is to hold latents, and the linears of their keys and values; the
+        cache is attached.
+    """
+    modules = dict(model.named_modules())
+    linears = {n: {"rank": m.rank} for n, m in modules.items() if isinstance(m, LowRankLinear)}
+    splits = {
+        name: {"keys": module.key_ranges, "values": module.value_ranges}
+        for name, module in modules.items()
+        if isinstance(module, SplitLinear)
     }
-    if not linears:
+    if not linears and not splits:
         return
-    config = LowRankConfig(linears=linears)
+    latents = {n: {"keys": k, "values": v} for n, (k, v) in (attentions or {}).items()}
+    config = LowRankConfig(linears=linears, splits=splits, kv_cache=latents)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
+    attach(model, config)
+
+
+def attach(model: nn.Module, config: LowRankConfig) -> None:
+    """Let the model's cache hold latents where the configuration says so."""
+    if config.kv_cache:
+        names = {
+            _known(model, name): (_known(model, entry.keys), _known(model, entry.values))
+            for name, entry in config.kv_cache.items()
+        }
+        attach_latent_cache(model, names)
 
 
 def swap_in(model: nn.Module, config: LowRankConfig) -> None:
-    """Replace the listed linears by empty factors on the meta device.
+    """Split the listed projections and empty the listed linears, all on the meta device.
 
     Raises
     ------
     CheckpointError
         If a name is no linear of the model, or a rank is larger than the linear.
     """
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for listed, split in config.splits.items():
+        name, linear = _listed(model, listed)
+        try:
+            replacement = SplitLinear(
+                linear.in_features,
+                linear.out_features,
+                split.keys,
+                split.values,
+                bias=linear.bias is not None,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+        except ModelError as error:
+            raise CheckpointError(f"config.json splits {listed}: {error}") from error
+        replace_linear(model, name, replacement)
     for listed, entry in config.linears.items():
-        name = listed
-        linear = _submodule(model, name)
-        if linear is None and name.startswith(prefix):  # a bare backbone, without its head
-            name = name.removeprefix(prefix)
-            linear = _submodule(model, name)
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(f"config.json lists {listed}, which is no linear of the model")
+        name, linear = _listed(model, listed)
         most = min(linear.in_features, linear.out_features)
         if entry.rank > most:
             raise CheckpointError(f"config.json gives {listed} rank {entry.rank}, over {most}")
-        replacement = LowRankLinear(
+        low_rank = LowRankLinear(
             linear.in_features,
             linear.out_features,
             entry.rank,
@@ -119,7 +159,26 @@ def swap_in(model: nn.Module, config: LowRankConfig) -> None:
             device="meta",
             dtype=linear.weight.dtype,
         )
-        replace_linear(model, name, replacement)
+        replace_linear(model, name, low_rank)
+
+
+def _known(model: nn.Module, listed: str) -> str:
+    """Name in this model of a module that is listed under its full name.
+
+    A bare backbone, without its head, has the same modules without the prefix.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if _submodule(model, listed) is None and listed.startswith(prefix):
+        return listed.removeprefix(prefix)
+    return listed
+
+
+def _listed(model: nn.Module, listed: str) -> tuple[str, nn.Linear]:
+    name = _known(model, listed)
+    linear = _submodule(model, name)
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"config.json lists {listed}, which is no linear of the model")
+    return name, linear
 
 
 def check_files(model: nn.Module, files: Sequence[str]) -> None:
@@ -135,7 +194,7 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     wanted = {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
-        if isinstance(module, LowRankLinear)
+        if isinstance(module, (LowRankLinear, SplitLinear))
         for key, tensor in module.state_dict().items()
     }
     if not wanted.keys() <= shapes.keys():

@@ -2,12 +2,14 @@
 
 import typer
 
+from slimrank.cli.analyze import analyze_command
 from slimrank.cli.compress import compress_command
 from slimrank.cli.demo import demo_command
 from slimrank.cli.evaluate import evaluate_command
 from slimrank.cli.inspect import inspect_command
 from slimrank.cli.output import version_option
 from slimrank.cli.plan import plan_command
+from slimrank.cli.profile import profile_command
 
 app = typer.Typer(
     name="slimrank",
@@ -20,6 +22,8 @@ app = typer.Typer(
 app.callback()(version_option)
 app.command("compress")(compress_command)
 app.command("plan")(plan_command)
+app.command("profile")(profile_command)
+app.command("analyze")(analyze_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.command("demo")(demo_command)

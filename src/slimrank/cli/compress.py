@@ -20,9 +20,16 @@ def compress_command(
     method: opt.MethodName = None,
     scope: opt.Scope = None,
     multiple_of: opt.MultipleOf = None,
+    allocation: opt.Allocation = None,
+    importance_weight: opt.ImportanceWeight = None,
+    retained_share: opt.RetainedShare = None,
+    importance_after_norm: opt.ImportanceAfterNorm = None,
+    kv_keep: opt.KVKeep = None,
+    profile: opt.ProfileFolder = None,
     calibration: opt.Calibration = None,
     num_sequences: opt.NumSequences = None,
     sequence_length: opt.SequenceLength = None,
+    held_out_sequences: opt.HeldOutSequences = None,
     seed: opt.Seed = None,
     targets: opt.Targets = None,
     ignore: opt.Ignore = None,
@@ -39,21 +46,30 @@ def compress_command(
         budget__scope=scope,
         budget__multiple_of=multiple_of,
         method=method,
+        allocation=allocation,
+        swift__importance_weight=importance_weight,
+        swift__retained_share=retained_share,
+        swift__importance_after_norm=importance_after_norm,
+        kv_cache__keep=kv_keep,
         calibration__source=calibration,
         calibration__num_sequences=num_sequences,
         calibration__sequence_length=sequence_length,
+        calibration__held_out_sequences=held_out_sequences,
         calibration__seed=seed,
         targets=targets,
         ignore=ignore,
         dtype=dtype,
     )
     how = CompressionOptions(device=device, batch_size=batch_size, track=track)
-    report = compress(model, wanted, out=out, options=how)
+    report = compress(model, wanted, out=out, profile=profile, options=how)
     if json:
         print_json(report.model_dump_json(indent=1))
         return
     print_losses(report)
+    print_allocation(report)
     print_size(report.size)
+    if report.kv_cache:
+        typer.echo(report.kv_cache.line())
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in report.seconds.items())
     typer.echo(f"{seconds}; peak memory {report.peak_bytes / 1e9:.2f} GB")
     typer.echo(f"written to {out}, read back and compared")
@@ -74,7 +90,7 @@ def print_losses(report: CompressionReport) -> None:
                 len(linears) - len(low),
                 span([x.rank for x in low if x.rank is not None]) if low else "-",
                 *(
-                    f"{sum(getattr(x, loss) for x in low) / max(len(low), 1):.5f}"
+                    _mean([getattr(x, loss) for x in low])
                     for loss in ("predicted_loss", "measured_loss", "stored_loss")
                 ),
             )
@@ -85,3 +101,28 @@ def print_losses(report: CompressionReport) -> None:
         ("linear", "count", "dense", "rank", "predicted", "measured", "as stored"),
         rows,
     )
+
+
+def print_allocation(report: CompressionReport) -> None:
+    """Say how dynamic ranks were chosen, if they were."""
+    found = report.allocation
+    if found is None:
+        return
+    if found.trials:
+        rows = [(f"{t.importance_weight:g}", f"{t.perplexity:.4f}") for t in found.trials]
+        rows.append(("uniform", f"{found.uniform_perplexity:.4f}"))
+        print_table(
+            f"perplexity on {found.held_out_tokens} held-out tokens of the calibration text",
+            ("importance weight", "perplexity"),
+            rows,
+        )
+    typer.echo(
+        f"ranks by importance weight {found.importance_weight:g}, "
+        f"retained share {found.retained_share:g}"
+    )
+
+
+def _mean(losses: list[float | None]) -> str:
+    """Mean of losses that are all known; a dash for those that a profile does not keep."""
+    known = [loss for loss in losses if loss is not None]
+    return f"{sum(known) / max(len(known), 1):.5f}" if len(known) == len(losses) else "-"

@@ -7,7 +7,7 @@ import typer
 
 from slimrank.checkpoint import read_folder
 from slimrank.cli import options as opt
-from slimrank.cli.compress import print_losses
+from slimrank.cli.compress import print_allocation, print_losses
 from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span
 
 
@@ -33,6 +33,7 @@ def inspect_command(
         typer.echo("report.json describes other weights than these; sizes are from the files")
     else:
         print_losses(report)
+        print_allocation(report)
         typer.echo(
             f"from {report.model} by {report.recipe.method}, {report.tokens} tokens, "
             f"calibration {report.calibration_fingerprint[:12] or 'none'}, "
@@ -40,3 +41,5 @@ def inspect_command(
         )
         typer.echo(report.recipe.to_yaml().rstrip())
     print_size(contents.size)
+    if report is not None and report.kv_cache:
+        typer.echo(report.kv_cache.line())

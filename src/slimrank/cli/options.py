@@ -25,6 +25,49 @@ Scope = Annotated[
         "model ('model'). [default: targets]"
     ),
 ]
+Allocation = Annotated[
+    str | None,
+    typer.Option(
+        help="How the budget is shared out: the same share of each linear ('uniform'), or ranks "
+        "by loss and importance ('swift', Swift-SVD's algorithm 2). [default: uniform]"
+    ),
+]
+ImportanceWeight = Annotated[
+    float | None,
+    typer.Option(
+        help="For allocation swift: the paper's alpha, 0 by loss only, 1 by importance only. "
+        "[default: the best of 0, 0.1, ... 1 on held-out calibration text]"
+    ),
+]
+RetainedShare = Annotated[
+    float | None,
+    typer.Option(
+        help="For allocation swift: the paper's delta, the share of its uniform rank that each "
+        "linear is sure of. [default: 0.5]"
+    ),
+]
+ImportanceAfterNorm = Annotated[
+    bool | None,
+    typer.Option(
+        "--importance-after-norm",
+        help="For allocation swift: measure the last block after the final norm, as the authors' "
+        "code does.",
+    ),
+]
+KVKeep = Annotated[
+    float | None,
+    typer.Option(
+        "--kv-keep",
+        help="Keep latents of keys and values in the cache: the share of its numbers that stay, "
+        "in (0, 1]. With --keep 1 all else stays dense.",
+    ),
+]
+ProfileFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", help="A profile of MODEL, by slimrank profile: nothing is calibrated then."
+    ),
+]
 MultipleOf = Annotated[int | None, typer.Option(help="Ranks are multiples of this. [default: 1]")]
 Calibration = Annotated[
     list[str] | None,
@@ -35,6 +78,13 @@ Calibration = Annotated[
 ]
 NumSequences = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128]")]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens in each. [default: 2048]")]
+HeldOutSequences = Annotated[
+    int | None,
+    typer.Option(
+        help="Further sequences of the calibration text, to choose by and not to calibrate on. "
+        "[default: 8]"
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of the draw of sequences. [default: 0]")]
 Targets = Annotated[
     list[str] | None,

@@ -17,6 +17,7 @@ def plan_command(
     method: opt.MethodName = None,
     scope: opt.Scope = None,
     multiple_of: opt.MultipleOf = None,
+    kv_keep: opt.KVKeep = None,
     num_sequences: opt.NumSequences = None,
     sequence_length: opt.SequenceLength = None,
     targets: opt.Targets = None,
@@ -32,6 +33,7 @@ def plan_command(
         budget__scope=scope,
         budget__multiple_of=multiple_of,
         method=method,
+        kv_cache__keep=kv_keep,
         calibration__num_sequences=num_sequences,
         calibration__sequence_length=sequence_length,
         targets=targets,
@@ -59,5 +61,8 @@ def plan_command(
     ]
     print_table(f"plan for {report.model}", ("linear", "out x in", "count", "rank"), rows)
     print_size(report.size)
+    if report.kv_cache:
+        typer.echo(report.kv_cache.line())
+    typer.echo(f"a profile would take {report.profile_bytes / 1e9:.2f} GB on disk")
     memory = ", ".join(f"{what} {size / 1e9:.2f}" for what, size in report.memory_bytes.items())
     typer.echo(f"memory while calibrating, estimated, GB: {memory}")

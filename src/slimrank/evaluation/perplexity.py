@@ -64,7 +64,33 @@ def perplexity(
     >>> round(perplexity(Uniform(), torch.tensor([0, 1, 2, 3, 0]), sequence_length=3).value, 4)
     4.0
     """
-    windows = _windows(ids, sequence_length, num_windows)
+    return windows_perplexity(model, _windows(ids, sequence_length, num_windows), track)
+
+
+@torch.no_grad()
+def windows_perplexity(
+    model: nn.Module,
+    windows: TokenWindows,
+    track: Track = lambda windows, _total: windows,
+) -> EvalResult:
+    """Take the perplexity over given windows (see `perplexity`).
+
+    Parameters
+    ----------
+    model : nn.Module
+    windows : TokenWindows
+        Each of at least 2 tokens.
+    track : callable, optional
+
+    Raises
+    ------
+    TextError
+        If a window has one token only, or the model does not know one.
+    NumericalError
+        If the loss of a window is not finite.
+    """
+    if min(map(len, windows.windows)) < 2:
+        raise TextError("a window needs at least 2 tokens: one to see, one to predict")
     windows.check_vocabulary(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     start = time.perf_counter()
     was_training = model.training
@@ -75,12 +101,10 @@ def perplexity(
             losses.append(_window_loss(model, window, number))
     finally:
         model.train(was_training)
-    return _result(losses, windows, sequence_length, time.perf_counter() - start)
+    return _result(losses, windows, time.perf_counter() - start)
 
 
-def _result(
-    losses: list[tuple[float, int]], windows: TokenWindows, sequence_length: int, seconds: float
-) -> EvalResult:
+def _result(losses: list[tuple[float, int]], windows: TokenWindows, seconds: float) -> EvalResult:
     """Perplexity and its standard error from the summed loss and token count of each window."""
     tokens = sum(count for _, count in losses)
     mean = sum(loss for loss, _ in losses) / tokens
@@ -92,7 +116,7 @@ def _result(
         mean_loss=mean,
         tokens=tokens,
         windows=len(losses),
-        sequence_length=sequence_length,
+        sequence_length=len(windows.windows[0]),
         data_fingerprint=windows.fingerprint(),
         seconds=seconds,
     )

@@ -1,0 +1,176 @@
+"""From a profile to a model of any size: ranks, factors, and no calibration."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from slimrank.allocation import RankPlan
+from slimrank.blockwise import dense_report
+from slimrank.calibration import TokenWindows, hold_out
+from slimrank.checkpoint import Profile
+from slimrank.drawing import draw
+from slimrank.environment import Clock
+from slimrank.errors import CheckpointError
+from slimrank.linalg import effective_rank
+from slimrank.model import LinearSite, replace_linear
+from slimrank.nn import LowRankLinear
+from slimrank.options import CompressionOptions
+from slimrank.profiling import ProfiledModel
+from slimrank.recipe import CalibrationRecipe, CompressionRecipe
+from slimrank.report import AllocationReport, LinearReport
+from slimrank.search import dynamic_ranks
+from slimrank.targets import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What was done to a model's linears, for the report.
+
+    Parameters
+    ----------
+    ranks : RankPlan
+    linears : list of LinearReport
+    calibration_fingerprint : str
+    tokens : int
+    probe : Tensor of shape (length,) or None
+        Token ids to compare logits on.
+    allocation : AllocationReport or None
+    """
+
+    ranks: RankPlan
+    linears: list[LinearReport]
+    calibration_fingerprint: str
+    tokens: int
+    probe: Tensor | None
+    allocation: AllocationReport | None = None
+
+
+def hold_against(
+    profile: Profile,
+    source: ProfiledModel,
+    work: Work,
+    recipe: CompressionRecipe,
+    windows: TokenWindows | None,
+    tokenizer: Any,
+) -> CompressionRecipe:
+    """See that a profile is of this model, method and text, and covers the targets.
+
+    Returns
+    -------
+    CompressionRecipe
+        With the calibration that the profile was made with.
+
+    Raises
+    ------
+    CheckpointError
+        If it is of something else, by name.
+    """
+    manifest, where = profile.manifest, profile.folder
+    dtype = str(next(source.model.parameters()).dtype).removeprefix("torch.")
+    if manifest.dtype != dtype:
+        raise CheckpointError(f"{where} is a profile in {manifest.dtype}; the model is in {dtype}")
+    if manifest.model_fingerprint != source.fingerprint:
+        raise CheckpointError(
+            f"{where} is a profile of {manifest.model} with other weights than {source.name}; "
+            "profile this model"
+        )
+    if manifest.method != recipe.method:
+        raise CheckpointError(
+            f"{where} is a profile by {manifest.method}; the recipe asks for {recipe.method}"
+        )
+    if windows is None and recipe.calibration not in (CalibrationRecipe(), manifest.calibration):
+        drawn = draw(recipe.calibration, tokenizer, with_held_out=False)
+        if drawn.fingerprint() != manifest.calibration_fingerprint:
+            raise CheckpointError(
+                f"{where} is a profile on other text than the recipe's; leave the calibration out, "
+                "or profile on that text"
+            )
+    if windows is not None:
+        own, _ = hold_out(windows, manifest.calibration.held_out_sequences)
+        if manifest.calibration_fingerprint not in (windows.fingerprint(), own.fingerprint()):
+            raise CheckpointError(f"{where} is a profile on other tokens than the windows given")
+    lost = [name for name in work.names if name not in profile.linears]
+    if lost:
+        raise CheckpointError(
+            f"{where} holds nothing of {lost[0]} and {len(lost) - 1} other targets; profile with "
+            "these targets, and for a key/value cache of latents with --kv"
+        )
+    return recipe.model_copy(update={"calibration": manifest.calibration})
+
+
+def build(
+    model: Any,
+    work: Work,
+    recipe: CompressionRecipe,
+    profile: Profile,
+    options: CompressionOptions,
+    clock: Clock,
+) -> Made:
+    """Choose ranks from a profile's spectra, and replace the linears by factors from its bases.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense; its linears are replaced.
+    work : Work
+    recipe : CompressionRecipe
+    profile : Profile
+    options : CompressionOptions
+    clock : Clock
+
+    Raises
+    ------
+    BudgetError
+        If no ranks meet the budget.
+    CheckpointError
+        If the profile is damaged, or a rank is beyond what it keeps.
+    """
+    ranks, allocation = work.uniform(recipe), None
+    if recipe.allocation == "swift":
+        with clock.phase("allocate"):
+            ranks, allocation = dynamic_ranks(model, work, recipe, profile, options)
+    linears: list[LinearReport] = []
+    sites = list(work.anatomy.sites)
+    with clock.phase("build"):
+        for number in options.track(range(len(sites)), "building"):
+            rank = ranks.ranks[sites[number].name]
+            linears.append(
+                dense_report(sites[number])
+                if rank is None
+                else _replace(model, sites[number], rank, profile)
+            )
+    held_out = profile.held_out()
+    return Made(
+        ranks=ranks,
+        linears=linears,
+        calibration_fingerprint=profile.manifest.calibration_fingerprint,
+        tokens=profile.manifest.tokens,
+        probe=held_out.windows[0] if held_out else None,
+        allocation=allocation,
+    )
+
+
+def _replace(model: Any, site: LinearSite, rank: int, profile: Profile) -> LinearReport:
+    """Put factors in the place of one linear."""
+    start = time.perf_counter()
+    entry = profile.linears[site.name]
+    linear = model.get_submodule(site.name)
+    found = profile.decomposition(site.name, linear.weight, rank)
+    replace_linear(model, site.name, LowRankLinear.from_factors(linear, found.truncate(rank)))
+    energy = found.energy or 1.0
+    return LinearReport(
+        name=site.name,
+        rank=rank,
+        params_before=site.shape.dense_params,
+        params=site.shape.params(rank),
+        tokens=entry.tokens,
+        effective_rank=effective_rank(found.singular_values),
+        predicted_loss=found.loss(rank) / energy,
+        measured_loss=float(profile.measured[site.name][rank]) / energy,
+        stored_loss=None,
+        token_check=entry.token_check,
+        jitter=entry.jitter,
+        seconds=time.perf_counter() - start,
+    )

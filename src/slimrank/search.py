@@ -1,0 +1,191 @@
+"""Dynamic ranks: the weight of importance against loss, chosen on held-out text."""
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from slimrank.allocation import LinearProfile, RankPlan, swift
+from slimrank.calibration import TokenWindows
+from slimrank.checkpoint import Profile
+from slimrank.errors import NumericalWarning, TextError
+from slimrank.evaluation import windows_perplexity
+from slimrank.model import replace_linear
+from slimrank.nn import LowRankLinear
+from slimrank.options import CompressionOptions
+from slimrank.recipe import CompressionRecipe
+from slimrank.report import AllocationReport, ImportanceWeightTrial
+from slimrank.targets import Work
+
+IMPORTANCE_WEIGHTS = tuple(step / 10 for step in range(11))
+
+
+def dynamic_ranks(
+    model: Any,
+    work: Work,
+    recipe: CompressionRecipe,
+    profile: Profile,
+    options: CompressionOptions,
+) -> tuple[RankPlan, AllocationReport]:
+    """Ranks by Swift-SVD's algorithm 2, with α given or searched.
+
+    The search makes a model for each of eleven α and for uniform ranks, all from the same factors,
+    and takes the α of the least perplexity on the held-out part of the calibration text. The paper
+    says "on a validation set" and appears to choose on the reported test score.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Dense; left as it is.
+    work : Work
+    recipe : CompressionRecipe
+    profile : Profile
+    options : CompressionOptions
+
+    Returns
+    -------
+    ranks : RankPlan
+    report : AllocationReport
+
+    Raises
+    ------
+    TextError
+        If α is to be searched and no text was held out.
+
+    Warns
+    -----
+    NumericalWarning
+        If uniform ranks do better on the held-out text than every α.
+
+    References
+    ----------
+    Swift-SVD (arXiv 2604.01609), section 4 and algorithm 2.
+    """
+    start = time.perf_counter()
+    settings = recipe.swift
+    names = set(work.names)
+    profiles = [
+        linear
+        for linear in profile.allocation_profiles(settings.importance_after_norm)
+        if linear.shape.name in names
+    ]
+
+    if settings.importance_weight is not None:
+        weight = settings.importance_weight
+        return _plan(profiles, work, recipe, weight), AllocationReport(
+            importance_weight=weight, retained_share=settings.retained_share
+        )
+    held_out = require_held_out(profile.held_out(), str(profile.folder))
+    plans = {w: _plan(profiles, work, recipe, w) for w in IMPORTANCE_WEIGHTS}
+    uniform = work.uniform(recipe)
+    candidates = [*plans.values(), uniform]
+    scores = _score(model, profile, candidates, held_out, options)
+    trials = tuple(
+        ImportanceWeightTrial(importance_weight=w, perplexity=score)
+        for w, score in zip(plans, scores, strict=False)
+    )
+    best = min(trials, key=lambda trial: trial.perplexity)
+    if scores[-1] < best.perplexity:
+        warnings.warn(
+            f"uniform ranks do better on the held-out text: perplexity {scores[-1]:.4f} against "
+            f"{best.perplexity:.4f} at the best importance weight, {best.importance_weight:g}",
+            NumericalWarning,
+            stacklevel=2,
+        )
+    return plans[best.importance_weight], AllocationReport(
+        importance_weight=best.importance_weight,
+        retained_share=settings.retained_share,
+        trials=trials,
+        uniform_perplexity=scores[-1],
+        held_out_tokens=held_out.tokens,
+        held_out_fingerprint=held_out.fingerprint(),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def require_held_out(held_out: TokenWindows | None, where: str) -> TokenWindows:
+    """See that there is text to choose by.
+
+    Raises
+    ------
+    TextError
+    """
+    if held_out is None:
+        raise TextError(
+            f"{where} holds no held-out text to choose by; calibrate on at least two sequences and "
+            "hold one of them out, or give --importance-weight"
+        )
+    return held_out
+
+
+def _plan(
+    profiles: list[LinearProfile], work: Work, recipe: CompressionRecipe, importance_weight: float
+) -> RankPlan:
+    return swift(
+        profiles,
+        recipe.budget.budget(),
+        work.other_params,
+        importance_weight=importance_weight,
+        retained_share=recipe.swift.retained_share,
+        fixed=work.fixed,
+    )
+
+
+def _score(
+    model: Any,
+    profile: Profile,
+    plans: list[RankPlan],
+    held_out: TokenWindows,
+    options: CompressionOptions,
+) -> list[float]:
+    """Perplexity of each plan; plans that agree are measured once."""
+    largest = {
+        name: max(plan.ranks[name] or 0 for plan in plans)
+        for name, rank in plans[0].ranks.items()
+        if rank is not None
+    }
+    layers = {name: _layer(model, profile, name, rank) for name, rank in largest.items()}
+    known: dict[tuple[int | None, ...], float] = {}
+    scores: list[float] = []
+    for number in options.track(range(len(plans)), "choosing ranks"):
+        ranks = plans[number].ranks
+        key = tuple(ranks.values())
+        if key not in known:
+            smaller = {name: _first(layer, ranks[name]) for name, layer in layers.items()}
+            with _swapped_in(model, smaller):
+                known[key] = windows_perplexity(model, held_out).value
+        scores.append(known[key])
+    return scores
+
+
+def _layer(model: Any, profile: Profile, name: str, rank: int) -> LowRankLinear:
+    linear = model.get_submodule(name)
+    factors = profile.decomposition(name, linear.weight, rank).truncate(rank)
+    return LowRankLinear.from_factors(linear, factors)
+
+
+def _first(layer: LowRankLinear, rank: int | None) -> LowRankLinear:
+    """A layer of the first ranks of another; shares its memory."""
+    assert rank is not None
+    smaller = LowRankLinear(layer.in_features, layer.out_features, rank, bias=False, device="meta")
+    smaller.latent.weight = nn.Parameter(layer.latent.weight.detach()[:rank], False)
+    smaller.expand.weight = nn.Parameter(layer.expand.weight.detach()[:, :rank], False)
+    smaller.bias = layer.bias
+    smaller.weight = layer.weight
+    return smaller.eval()
+
+
+@contextmanager
+def _swapped_in(model: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put layers into a model for a while."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            replace_linear(model, name, layer)
+        yield
+    finally:
+        for name, linear in before.items():
+            replace_linear(model, name, linear)
