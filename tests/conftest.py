@@ -15,6 +15,7 @@ import torch
 import slimrank
 from slimrank import CompressionRecipe, CompressionReport, TokenWindows, compress
 from slimrank.calibration import packaged_text
+from slimrank.checkpoint import Profile
 from tiny import models as TINY
 
 torch.set_num_threads(1)  # matrices this small run no faster on more
@@ -147,6 +148,29 @@ def compressed_folder(
     out = tmp_path_factory.mktemp("compressed") / "llama"
     slimrank.compress(dense_folder, make_recipe(), out=out)
     return out
+
+
+@pytest.fixture(scope="session")
+def calibration_part(windows: TokenWindows) -> TokenWindows:
+    """What a profile on `windows` calibrates on: a half of them, since so few are there."""
+    return TokenWindows(windows.windows[:4])
+
+
+@pytest.fixture(scope="session")
+def make_profile(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_recipe: Callable[..., CompressionRecipe],
+    windows: TokenWindows,
+) -> Callable[..., Profile]:
+    """`make_profile(model, recipe=None, **as slimrank.profile)` gives a profile on `windows`."""
+
+    def make(model: Any, recipe: CompressionRecipe | None = None, **options: Any) -> Profile:
+        out = tmp_path_factory.mktemp("profile") / "profile"
+        return slimrank.profile(
+            model, recipe or make_recipe(), out, **{"windows": windows, **options}
+        )
+
+    return make
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_larger_factors_than_matrices_are_said(make_model, windows):
 
 
 def test_a_share_below_one_number_is_refused(make_model, windows):
-    with pytest.raises(BudgetError, match="kv-keep 0.01"):
+    with pytest.raises(BudgetError, match=r"kv-keep 0\.01"):
         compress(make_model("llama"), recipe(0.8, 0.01), windows=windows)
 
 

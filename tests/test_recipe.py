@@ -11,7 +11,9 @@ FULL = {
     "version": 1,
     "method": "svd-llm",
     "budget": {"param_ratio": 0.7, "scope": "model", "multiple_of": 8, "min_rank": 16},
-    "allocation": "uniform",
+    "allocation": "swift",
+    "swift": {"importance_weight": 0.3, "retained_share": 0.25, "importance_after_norm": True},
+    "kv_cache": {"keep": 0.5},
     "calibration": {
         "source": ["a.txt", "b"],
         "subset": "raw",
@@ -19,6 +21,7 @@ FULL = {
         "text_column": "body",
         "num_sequences": 3,
         "sequence_length": 77,
+        "held_out_sequences": 2,
         "seed": 5,
     },
     "targets": ["q_proj", r"re:.*\.mlp\."],
@@ -52,6 +55,13 @@ def test_defaults_are_the_documented_ones():
     assert recipe.calibration.source == ()
     assert recipe.targets is None
     assert recipe.budget.scope == "targets"
+    assert recipe.calibration.held_out_sequences == 8
+    assert recipe.kv_cache is None
+    assert recipe.swift.model_dump() == {
+        "importance_weight": None,
+        "retained_share": 0.5,
+        "importance_after_norm": False,
+    }
 
 
 def with_value(path, value):
@@ -70,6 +80,8 @@ def with_value(path, value):
         ("methd", "version, method, budget"),
         ("budget.ratio", "param_ratio, scope, multiple_of, min_rank"),
         ("calibration.samples", "source, subset, split"),
+        ("swift.alpha", "importance_weight, retained_share, importance_after_norm"),
+        ("kv_cache.share", "keep"),
     ],
 )
 def test_an_unknown_key_is_named_with_those_beside_it(path, there_are):
@@ -95,6 +107,16 @@ def test_an_unknown_key_is_named_with_those_beside_it(path, there_are):
         ("calibration.num_sequences", -3),
         ("calibration.num_sequences", 2.5),
         ("calibration.sequence_length", 1),
+        ("calibration.held_out_sequences", -1),
+        ("kv_cache", 0.5),
+        ("kv_cache.keep", 2),
+        ("swift", None),
+        ("swift.importance_weight", 1.1),
+        ("swift.importance_weight", -0.1),
+        ("swift.importance_weight", "best"),
+        ("swift.retained_share", 2),
+        ("swift.retained_share", None),
+        ("swift.importance_after_norm", "often"),
         ("calibration.seed", -1),
         ("calibration.seed", 2**70),
         ("calibration.source", "a.txt"),
@@ -167,7 +189,14 @@ def test_every_setting_is_in_the_fingerprint():
         "calibration.text_column": "text",
         "calibration.num_sequences": 4,
         "calibration.sequence_length": 78,
+        "calibration.held_out_sequences": 3,
         "calibration.seed": 6,
+        "allocation": "uniform",
+        "swift.importance_weight": None,
+        "swift.retained_share": 0.5,
+        "swift.importance_after_norm": False,
+        "kv_cache.keep": 0.6,
+        "kv_cache": None,
         "targets": None,
         "ignore": [],
         "blocks": None,
@@ -189,3 +218,16 @@ def test_a_recipe_is_frozen():
 def test_errors_are_ours():
     assert issubclass(RecipeError, SlimrankError)
     assert issubclass(BudgetError, SlimrankError)
+
+
+@pytest.mark.parametrize("keep", [0, -0.5, 1.01, "half", None, float("nan")])
+def test_a_share_of_the_cache_out_of_range(keep):
+    with pytest.raises(RecipeError, match=r"recipe: kv_cache\.keep: "):
+        CompressionRecipe.from_dict(with_value("kv_cache.keep", keep))
+
+
+@pytest.mark.parametrize("key", ["importance_weight", "retained_share"])
+def test_the_ends_of_swifts_shares_are_inside(key):
+    for value in (0, 1):
+        swift = CompressionRecipe.from_dict(with_value(f"swift.{key}", value)).swift
+        assert getattr(swift, key) == value

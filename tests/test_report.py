@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from slimrank import CompressionReport
 from slimrank.errors import CheckpointError
-from slimrank.report import SizeReport
+from slimrank.report import AllocationReport, ImportanceWeightTrial, KVCacheReport, SizeReport
 
 SIZE = {
     "target_params_before": 1000,
@@ -84,3 +84,24 @@ def test_the_line_says_both_ways_of_counting():
         "kept 75.5 % (removed 24.5 %) of the targeted linears, 87.8 % (12.2 %) of the whole model; "
         "8.0 -> 7.0 MB on disk (int8 of the dense model: 5.0 MB)"
     )
+
+
+def test_a_report_from_before_dynamic_ranks_still_loads(report):
+    """Version 0.1 wrote no allocation, no cache, and fewer settings into its recipe."""
+    values = json.loads(report.model_dump_json())
+    del values["allocation"], values["kv_cache"]
+    del values["recipe"]["swift"], values["recipe"]["kv_cache"]
+    del values["recipe"]["calibration"]["held_out_sequences"]
+    assert CompressionReport.from_json(json.dumps(values), "r") == report
+
+
+def test_a_report_of_a_search_reads_back(report):
+    trials = tuple(
+        ImportanceWeightTrial(importance_weight=w / 10, perplexity=20 - w) for w in range(11)
+    )
+    allocation = AllocationReport(
+        importance_weight=1.0, retained_share=0.5, trials=trials, uniform_perplexity=12.5
+    )
+    cache = KVCacheReport(dense_values=64, latent_values=32, value_bytes=2)
+    full = report.model_copy(update={"allocation": allocation, "kv_cache": cache})
+    assert CompressionReport.from_json(full.model_dump_json(), "r") == full

@@ -94,7 +94,7 @@ def hold_against(
     lost = [name for name in work.names if name not in profile.linears]
     if lost:
         raise CheckpointError(
-            f"{where} holds nothing of {lost[0]} and {len(lost) - 1} other targets; profile with "
+            f"{where} holds nothing of {len(lost)} targets, such as {lost[0]}; profile with "
             "these targets, and for a key/value cache of latents with --kv"
         )
     return recipe.model_copy(update={"calibration": manifest.calibration})

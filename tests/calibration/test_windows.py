@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slimrank import TokenWindows
-from slimrank.calibration import default_batch_size, draw_windows, from_padded
+from slimrank.calibration import default_batch_size, draw_windows, from_padded, hold_out
 from slimrank.errors import NumericalWarning, TextError
 
 
@@ -137,3 +137,22 @@ def test_the_last_token_of_the_vocabulary_is_inside():
 @pytest.mark.parametrize(("length", "size"), [(1, 4096), (2048, 2), (4096, 1), (100_000, 1)])
 def test_default_batch_size(length, size):
     assert default_batch_size(length) == size
+
+
+@pytest.mark.parametrize(
+    ("windows", "asked", "parted"),
+    [(9, 3, 3), (9, 0, 0), (9, 8, 4), (2, 8, 1), (1, 8, 0), (1, 0, 0), (8, 4, 4)],
+)
+def test_the_last_are_held_out_and_at_most_a_half(windows, asked, parted):
+    every = TokenWindows(tuple(torch.tensor([n, n]) for n in range(windows)))
+    kept, held_out = hold_out(every, asked)
+    assert [int(w[0]) for w in kept.windows] == list(range(windows - parted))
+    rest = [] if held_out is None else [int(w[0]) for w in held_out.windows]
+    assert rest == list(range(windows - parted, windows))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_held_out_is_elsewhere_in_the_text(seed):
+    kept, held_out = hold_out(draw_windows(torch.arange(300), 12, 20, seeded(seed)), 5)
+    starts = [[int(w[0]) for w in part.windows] for part in (kept, held_out)]
+    assert all(abs(a - b) >= 20 for a in starts[0] for b in starts[1])

@@ -109,3 +109,48 @@ def test_read_folder_refuses_an_entry_that_is_no_configuration(copied, entry):
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError):
         read_folder(copied)
+
+
+SPLIT = {"keys": [[32, 48]], "values": [[48, 64]]}
+LATENTS = {"keys": "a.k_proj", "values": "a.v_proj"}
+KV_LINEARS = {"a.k_proj": {"rank": 4}, "a.v_proj": {"rank": 4}}
+
+
+def test_splits_and_latents_round_trip():
+    config = LowRankConfig(linears=KV_LINEARS, splits={"b.qkv": SPLIT}, kv_cache={"a": LATENTS})
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["splits"] == {"b.qkv": SPLIT}
+    assert values["kv_cache"] == {"a": LATENTS}
+    again = LowRankConfig(**values)
+    assert again.to_dict() == values
+    assert (again.splits, again.kv_cache) == (config.splits, config.kv_cache)
+    assert again.splits["b.qkv"].keys == ((32, 48),)
+
+
+def test_without_them_the_file_is_as_before():
+    assert LowRankConfig(linears={NAME: {"rank": 4}}).to_dict().keys() == {
+        "quant_method",
+        "format_version",
+        "linears",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"splits": {"b.qkv": {"keys": [[0, 4]]}}}, r"splits\.b\.qkv\.values"),
+        ({"splits": {"b.qkv": SPLIT | {"keys": []}}}, r"splits\.b\.qkv\.keys"),
+        ({"splits": {"b.qkv": SPLIT | {"keys": [[0, 4, 8]]}}}, r"splits\.b\.qkv\.keys\.0"),
+        ({"splits": {"b.qkv": SPLIT | {"keys": [["a", 4]]}}}, r"splits\.b\.qkv\.keys\.0"),
+        ({"splits": {"b.qkv": SPLIT | {"queries": [[0, 4]]}}}, r"splits\.b\.qkv\.queries"),
+        ({"splits": {"b.qkv": None}}, r"splits\.b\.qkv"),
+        ({"kv_cache": {"a": {"keys": "a.k_proj"}}}, r"kv_cache\.a\.values"),
+        ({"kv_cache": {"a": LATENTS | {"path": "/"}}}, r"kv_cache\.a\.path"),
+        ({"kv_cache": {"a": LATENTS | {"keys": 3}}}, r"kv_cache\.a\.keys"),
+        ({"kv_cache": {"a": "a.k_proj"}}, r"kv_cache\.a"),
+        ({"kv_cache": {"a": LATENTS | {"keys": "a.q"}}}, r"names a\.q, which is not factorised"),
+    ],
+)
+def test_bad_splits_and_latents_are_refused_by_key(values, message):
+    with pytest.raises(CheckpointError, match=message):
+        LowRankConfig(linears=KV_LINEARS, **values)

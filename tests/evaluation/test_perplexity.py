@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from slimrank.calibration import TokenWindows
 from slimrank.errors import NumericalError, TextError
-from slimrank.evaluation import EvalResult, perplexity
+from slimrank.evaluation import EvalResult, perplexity, windows_perplexity
 from slimrank.evaluation import perplexity as measure
 
 
@@ -173,3 +174,28 @@ def test_nothing_of_the_model_changes(make_model, ids):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     perplexity(model, ids, 20)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lengths", [(10, 10), (7, 30, 2), (24,)])
+def test_given_windows(make_model, ids, lengths):
+    model = make_model("llama")
+    windows = TokenWindows(tuple(ids[: sum(lengths)].split(list(lengths))))
+    every = torch.cat(losses_of(model, windows.windows))
+    result = windows_perplexity(model, windows)
+    assert result.value == pytest.approx(math.exp(float(every.mean())), rel=1e-6)
+    assert (result.tokens, result.windows) == (sum(lengths) - len(lengths), len(lengths))
+    assert result.data_fingerprint == windows.fingerprint()
+
+
+def test_given_windows_that_cannot_be_scored(make_model):
+    model = make_model("llama")
+    with pytest.raises(TextError, match="at least 2 tokens"):
+        windows_perplexity(model, TokenWindows((torch.tensor([4, 5]), torch.tensor([4]))))
+    with pytest.raises(TextError, match="token id 96 is outside"):
+        windows_perplexity(model, TokenWindows((torch.tensor([4, 96]),)))
+
+
+def test_given_windows_leave_the_mode(make_model):
+    model = make_model("llama").train()
+    windows_perplexity(model, TokenWindows((torch.tensor([4, 5, 6]),)))
+    assert model.training

@@ -547,3 +547,43 @@ def test_float32_throughout_would_not_do(tokens):
             assert excess(weight, factors, inputs, best[rank]) > 100 * EXCESS
     else:
         assert tokens < 64
+
+
+@relaxed
+@given(seed=SEEDS, out=SIDES, inside=SIDES, tokens=st.integers(1, 12), rounded=st.booleans())
+def test_measured_losses_are_those_of_the_factors_of_each_rank(seed, out, inside, tokens, rounded):
+    weight, moment = normal(seed, out, inside), second_moment(activations(seed, tokens, inside))
+    solved = decompose_outputs(weight, moment, tokens)
+    if rounded:
+        solved = solved.shortened(min(out, inside), torch.bfloat16)  # so that it shows
+    found = solved.measured_losses(moment)
+    ranks = range(min(out, inside) + 1)
+    expected = [output_loss(weight, solved.truncate(rank), moment) for rank in ranks]
+    energy = output_loss(weight, solved.truncate(0), moment)
+    assert found.shape == (len(ranks),)
+    assert (found - torch.tensor(expected, dtype=torch.float64)).abs().max() <= LOSS * energy
+
+
+def test_measured_losses_under_no_moment_are_of_the_weight():
+    weight = normal(3, 5, 7)
+    solved = decompose_outputs(weight)
+    tails = torch.tensor([solved.loss(rank) for rank in range(6)], dtype=torch.float64)
+    torch.testing.assert_close(solved.measured_losses(None), tails, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [0, 1, 3, 4])
+def test_shortened_keeps_the_first_columns(columns, dtype):
+    weight, moment = normal(1, 4, 9), second_moment(activations(1, 40, 9))
+    solved = decompose_outputs(weight, moment)
+    short = solved.shortened(columns, dtype)
+    assert short.basis.dtype == dtype
+    assert torch.equal(short.basis, solved.basis[:, :columns].to(dtype))
+    assert short.basis.untyped_storage().nbytes() == short.basis.nbytes  # the rest is let go
+    assert torch.equal(short.singular_values, solved.singular_values)
+    assert short.loss(columns) == solved.loss(columns)
+    gap = output_loss(weight, short.truncate(columns), moment) - solved.loss(columns)
+    assert abs(gap) <= 1e-12 * solved.energy
+    for ask in (short.truncate, short.loss):
+        with pytest.raises(ValueError, match=rf"rank {columns + 1} is not within 0 and {columns}"):
+            ask(columns + 1)
