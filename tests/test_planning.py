@@ -177,3 +177,9 @@ def test_a_config_without_a_dtype(make_folder, make_recipe, tmp_path):
     plan = slimrank.plan(folder, make_recipe())
     report = slimrank.compress(folder, make_recipe(), out=tmp_path / "out")
     assert plan.size == report.size
+
+
+def test_a_plan_of_dynamic_ranks_says_that_it_cannot_know_them(make_skeleton, make_recipe):
+    dynamic = slimrank.plan(make_skeleton("llama"), make_recipe(allocation="swift"))
+    assert any("uniform ones" in message for message in dynamic.warnings)
+    assert dynamic.size == slimrank.plan(make_skeleton("llama"), make_recipe()).size

@@ -191,7 +191,6 @@ def test_every_setting_is_in_the_fingerprint():
         "calibration.sequence_length": 78,
         "calibration.held_out_sequences": 3,
         "calibration.seed": 6,
-        "allocation": "uniform",
         "swift.importance_weight": None,
         "swift.retained_share": 0.5,
         "swift.importance_after_norm": False,
@@ -203,6 +202,7 @@ def test_every_setting_is_in_the_fingerprint():
         "dtype": "auto",
     }
     recipes = [FULL, *(with_value(path, value) for path, value in changes.items())]
+    recipes += [{**FULL, "swift": {}}, {**FULL, "swift": {}, "allocation": "uniform"}]
     prints = {CompressionRecipe.from_dict(values).fingerprint() for values in recipes}
     assert len(prints) == len(recipes)
 
@@ -231,3 +231,10 @@ def test_the_ends_of_swifts_shares_are_inside(key):
     for value in (0, 1):
         swift = CompressionRecipe.from_dict(with_value(f"swift.{key}", value)).swift
         assert getattr(swift, key) == value
+
+
+def test_settings_that_nothing_reads_are_refused():
+    values = {"budget": {"param_ratio": 0.5}, "swift": {"importance_weight": 0.5}}
+    with pytest.raises(RecipeError, match="allocation is 'uniform'"):
+        CompressionRecipe.from_dict(values)
+    assert CompressionRecipe.from_dict(values | {"allocation": "swift"}).swift.importance_weight

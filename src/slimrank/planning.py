@@ -16,6 +16,11 @@ from slimrank.report import PlannedLinear, PlanReport
 from slimrank.source import load_skeleton, parse_source, require_dense
 from slimrank.targets import Work, find_work
 
+DYNAMIC = (
+    "the ranks shown are uniform ones; allocation 'swift' shares out the sum of each module type by "
+    "spectra and importance, which are known after calibration; sizes are the same"
+)
+
 
 def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport:
     """Say what a recipe would do: ranks, parameters, bytes, memory. Reads no weight.
@@ -51,6 +56,7 @@ def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport
     with work.put_back_after(skeleton):
         report = _plan(skeleton, name, work, recipe)
     told = [str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)]
+    told += [DYNAMIC] if recipe.allocation == "swift" else []
     return report.model_copy(update={"warnings": tuple(told)})
 
 

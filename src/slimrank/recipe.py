@@ -133,6 +133,15 @@ class CompressionRecipe(_Frozen):
         method_by_name(name)
         return name
 
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> "CompressionRecipe":
+        if self.allocation != "swift" and self.swift != SwiftRecipe():
+            raise RecipeError(
+                f"settings of allocation 'swift' are given, but allocation is '{self.allocation}'; "
+                "say --allocation swift too"
+            )
+        return self
+
     @classmethod
     def from_dict(cls, values: Any, where: str = "recipe") -> "CompressionRecipe":
         """Check a mapping.
