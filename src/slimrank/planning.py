@@ -17,8 +17,8 @@ from slimrank.source import load_skeleton, parse_source, require_dense
 from slimrank.targets import Work, find_work
 
 DYNAMIC = (
-    "the ranks shown are uniform ones; allocation 'swift' shares out the sum of each module type by "
-    "spectra and importance, which are known after calibration; sizes are the same"
+    "the ranks shown are uniform ones; allocation 'swift' shares out the sum of each module type "
+    "by spectra and importance, which are known after calibration; sizes are the same"
 )
 
 
