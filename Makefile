@@ -26,7 +26,7 @@ imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 docs: $(VENV)/.dev
-	$(BIN)/cog --check -P README.md docs/*.md
+	$(BIN)/cog --check -P -I benchmarks README.md docs/*.md
 
 unit: $(VENV)/.dev
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"

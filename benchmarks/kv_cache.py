@@ -1,6 +1,6 @@
 """The cache of latents on a real model: same function, bytes at long context, time to decode.
 
-    python benchmarks/kv_cache.py MODEL --calibration FILE --test FILE --out results/kv_cache.json
+    python benchmarks/kv_cache.py MODEL --profile FOLDER --test FILE --out results/kv_cache.json
 
 The latent model is `--keep 1 --kv-keep 0.5`: keys and values factorised, all else dense. It is held
 against itself without a cache (the same function?) and against the true dense model with
@@ -30,26 +30,27 @@ PREFIX, CHUNK, SINGLE = 512, 160, 32  # of a window of 1,024: prefill, three chu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--profile", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--kv-keep", type=float, default=0.5)
-    parser.add_argument("--num-sequences", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--num-windows", type=int, default=8)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8176])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     source = parse_source(options.model)
     tokenizer = load_tokenizer(source)
     ids = tokenize(tokenizer, read_text(CalibrationRecipe(source=(options.test,))))
     dense, latent = load_model(source), load_model(source)
-    report = compress(latent, recipe(options), tokenizer=tokenizer)
+    recipe = CompressionRecipe.from_dict(
+        {"budget": {"param_ratio": 1.0}, "kv_cache": {"keep": options.kv_keep}}
+    )
+    report = compress(latent, recipe, tokenizer=tokenizer, profile=options.profile)
     settings = {
         "model": Path(options.model).name,
-        "calibration": Path(options.calibration).name,
+        "calibration_fingerprint": report.calibration_fingerprint,
         "test": Path(options.test).name,
         "kv_keep": options.kv_keep,
         "keep": 1,
@@ -61,7 +62,7 @@ def main() -> None:
         "warnings": report.warnings,
         "perplexity": perplexities(dense, latent, ids, options),
     }
-    _record.write(options.out, options.seed, settings, results)
+    _record.write(options.out, 0, settings, results)
     for dtype in ("float32", "bfloat16"):
         models = {
             name: model.to(getattr(torch, dtype))
@@ -70,22 +71,7 @@ def main() -> None:
         results[dtype] = {
             str(context): at_context(models, ids[:context], options) for context in options.contexts
         }
-        _record.write(options.out, options.seed, settings, results)
-
-
-def recipe(options: argparse.Namespace) -> CompressionRecipe:
-    return CompressionRecipe.from_dict(
-        {
-            "budget": {"param_ratio": 1.0},
-            "kv_cache": {"keep": options.kv_keep},
-            "calibration": {
-                "source": [options.calibration],
-                "num_sequences": options.num_sequences,
-                "sequence_length": options.sequence_length,
-                "seed": options.seed,
-            },
-        }
-    )
+        _record.write(options.out, 0, settings, results)
 
 
 def loss(logits: Tensor, ids: Tensor) -> Tensor:
