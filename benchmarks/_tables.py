@@ -27,12 +27,12 @@ def quality() -> None:
             f"{value:.1f}" if value < 1e4 else f"{value:.1e}",
         )
     print()
+    tokens = found["dense"]["wikitext2_test"]["tokens"]
     print(
         f"Weights dequantised from 4 bits, float32; calibrated on {settings['num_sequences']} "
         f"sequences of {settings['sequence_length']:,} tokens of Wikipedia\nprose; perplexity on "
-        f"all {found['dense']['wikitext2_test']['tokens']:,} predictions of the WikiText-2 test split, "
-        "in windows of 1,024 tokens\n([all figures](benchmarks/results/quality.json), "
-        "[speed](benchmarks/results/speed.json))."
+        f"all {tokens:,} predictions of the WikiText-2 test split, in windows of 1,024 tokens\n"
+        "([all figures](benchmarks/results/quality.json), [speed](benchmarks/results/speed.json))."
     )
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/sizes.py MODEL --calibration FILE --profile FOLDER --out results/sizes.json
 
-In one run, on one model and text:
+MODEL is best a folder of safetensors: dequantising a GGUF file takes longer than all else that a
+further size costs. In one run, on one model and text:
 
 - `slimrank.profile`, then `compress(profile=...)` at 0.9, 0.8, ... 0.4, each from the model on disk
   to a folder written, read back and compared;

@@ -22,7 +22,7 @@ def place(dense_folder, tmp_path, monkeypatch):
     """A working folder with what the docs speak of: model/, model-slim/ and text files."""
     (tmp_path / "model").symlink_to(dense_folder)
     for name in ("text.txt", "test.txt"):
-        (tmp_path / name).write_text("the cat sat on the mat and ran to the tree . " * 300)
+        (tmp_path / name).write_text("the cat sat on the mat and ran to the tree . " * 120)
     monkeypatch.chdir(tmp_path)
     arguments = ["compress", "model", "model-slim", "--keep", "0.6", "--calibration", "text.txt"]
     assert CliRunner().invoke(app, [*arguments, *SMALL]).exit_code == 0
