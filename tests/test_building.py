@@ -183,7 +183,7 @@ def test_windows_that_are_given_are_compared(
 def test_targets_beyond_it_are_refused(make_model, make_recipe, make_profile):
     model = make_model("llama")
     folder = make_profile(model, make_recipe(targets=["up_proj"])).folder
-    with pytest.raises(CheckpointError, match=r"nothing of model\.layers\.0\.\S+ and 11 other"):
+    with pytest.raises(CheckpointError, match=r"nothing of 12 targets, such as model\.layers\.0\."):
         compress(model, make_recipe(), profile=folder)
     assert dense(model)
 
@@ -202,6 +202,6 @@ def test_fused_projections_that_were_not_split_are_refused(make_model, make_reci
     model = make_model("phi3")
     names = [name for name, _ in model.named_modules()]
     folder = make_profile(model).folder
-    with pytest.raises(CheckpointError, match=r"holds nothing of \S+qkv_proj\.\w+ .* with --kv"):
+    with pytest.raises(CheckpointError, match=r"such as \S+qkv_proj\.\w+; .* with --kv"):
         compress(model, make_recipe(kv_cache={"keep": 0.5}), profile=folder)
     assert [name for name, _ in model.named_modules()] == names
