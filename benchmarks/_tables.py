@@ -67,7 +67,7 @@ def sizes() -> None:
 
 def allocation() -> None:
     """Dynamic against uniform ranks, and the curves of alpha."""
-    found = read("allocation")["results"]
+    found = {k: e for k, e in read("allocation")["results"].items() if "gain" in e}
     header("kept", "uniform", "dynamic", "gain", "α", "parameters, uniform and dynamic")
     for keep, entry in found.items():
         even, dynamic = entry["uniform"], entry["swift"]
