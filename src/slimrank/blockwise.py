@@ -264,18 +264,37 @@ def _truncate(
     found = solved.decomposition
     factors = found.truncate(rank)
     replacement = LowRankLinear.from_factors(linear, factors)
+    report = low_rank_report(
+        site,
+        rank,
+        found,
+        measured=output_loss(linear.weight, factors, solved.moment),
+        stored=output_loss(linear.weight, replacement.factors(), solved.moment),
+        tokens=solved.tokens,
+    )
+    seconds = solved.seconds + time.perf_counter() - start
+    return replacement, report.model_copy(update={"seconds": seconds})
+
+
+def low_rank_report(
+    site: LinearSite,
+    rank: int,
+    found: Decomposition,
+    measured: float,
+    stored: float | None,
+    tokens: int,
+) -> LinearReport:
+    """Report of a factorised linear; losses become shares of the energy of its outputs."""
     energy = found.energy or 1.0
-    report = LinearReport(
+    return LinearReport(
         name=site.name,
         rank=rank,
         params_before=site.shape.dense_params,
         params=site.shape.params(rank),
-        tokens=solved.tokens,
+        tokens=tokens,
         effective_rank=effective_rank(found.singular_values),
         predicted_loss=found.loss(rank) / energy,
-        measured_loss=output_loss(linear.weight, factors, solved.moment) / energy,
-        stored_loss=output_loss(linear.weight, replacement.factors(), solved.moment) / energy,
+        measured_loss=measured / energy,
+        stored_loss=None if stored is None else stored / energy,
         jitter=found.jitter,
-        seconds=solved.seconds + time.perf_counter() - start,
     )
-    return replacement, report

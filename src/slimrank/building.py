@@ -7,13 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from slimrank.allocation import RankPlan
-from slimrank.blockwise import dense_report
+from slimrank.blockwise import dense_report, low_rank_report
 from slimrank.calibration import TokenWindows, hold_out
 from slimrank.checkpoint import Profile
 from slimrank.drawing import draw
 from slimrank.environment import Clock
 from slimrank.errors import CheckpointError
-from slimrank.linalg import effective_rank
 from slimrank.model import LinearSite, replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
@@ -159,18 +158,7 @@ def _replace(model: Any, site: LinearSite, rank: int, profile: Profile) -> Linea
     linear = model.get_submodule(site.name)
     found = profile.decomposition(site.name, linear.weight, rank)
     replace_linear(model, site.name, LowRankLinear.from_factors(linear, found.truncate(rank)))
-    energy = found.energy or 1.0
-    return LinearReport(
-        name=site.name,
-        rank=rank,
-        params_before=site.shape.dense_params,
-        params=site.shape.params(rank),
-        tokens=entry.tokens,
-        effective_rank=effective_rank(found.singular_values),
-        predicted_loss=found.loss(rank) / energy,
-        measured_loss=float(profile.measured[site.name][rank]) / energy,
-        stored_loss=None,
-        token_check=entry.token_check,
-        jitter=entry.jitter,
-        seconds=time.perf_counter() - start,
-    )
+    measured = float(profile.measured[site.name][rank])
+    report = low_rank_report(site, rank, found, measured, stored=None, tokens=entry.tokens)
+    seconds = time.perf_counter() - start
+    return report.model_copy(update={"token_check": entry.token_check, "seconds": seconds})
