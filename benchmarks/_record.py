@@ -38,7 +38,9 @@ COMMIT = {
 }
 
 
-def write(path: str | Path, seed: int, settings: dict[str, Any], results: Any) -> None:
+def write(
+    path: str | Path, seed: int, settings: dict[str, Any], results: Any, quiet: bool = False
+) -> None:
     """Write figures and where they come from as JSON, and print them."""
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -51,7 +53,8 @@ def write(path: str | Path, seed: int, settings: dict[str, Any], results: Any) -
     }
     text = json.dumps(record, indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
-    print(text)
+    if not quiet:
+        print(text)
 
 
 def _processor() -> str:

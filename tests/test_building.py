@@ -144,9 +144,48 @@ def test_another_dtype_is_refused(make_model, make_recipe, found):
 
 
 def test_another_method_is_refused(make_model, make_recipe, found):
-    for method in ("svd-llm", "svd"):
-        with pytest.raises(CheckpointError, match=f"by swift-svd; the recipe asks for {method}"):
-            compress(make_model("llama"), make_recipe(method=method), profile=found.folder)
+    model = make_model("llama")
+    with pytest.raises(CheckpointError, match="by swift-svd; the recipe asks for svd-llm"):
+        compress(model, make_recipe(method="svd-llm"), profile=found.folder)
+    assert dense(model)
+
+
+def test_another_ridge_is_refused(make_model, make_recipe, make_profile, found):
+    model = make_model("llama")
+    ridged = make_profile(model, make_recipe(ridge=0.1)).folder
+    for folder, recipe, said in (
+        (found.folder, make_recipe(ridge=0.1), "a ridge of 0; the recipe asks for 0.1"),
+        (ridged, make_recipe(), "a ridge of 0.1; the recipe asks for 0"),
+        (ridged, make_recipe(method="aa-svd", allocation="swift"), "a ridge of 0.1; .* for 0"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            compress(model, recipe, profile=folder)
+    assert dense(model)
+
+
+def test_a_ridge_is_in_the_profile(make_model, make_recipe, make_profile, calibration_part):
+    recipe = make_recipe(ridge=0.1)
+    direct, built = make_model("llama"), make_model("llama")
+    expected = compress(direct, recipe, windows=calibration_part)
+    report = compress(built, recipe, profile=make_profile(built, recipe).folder)
+    assert_same_state(built, direct)
+    assert_same_promises(report, expected)
+
+
+@pytest.mark.parametrize("method", ["svd", "aa-svd", "shift-aware"])
+def test_a_method_that_has_no_profile_takes_its_ranks_from_one(
+    method, make_model, make_recipe, found, windows
+):
+    """In one-shot order; `found` is by swift-svd."""
+    swift = {"allocation": "swift", "swift": {"importance_weight": 0.5}, "order": "one-shot"}
+    expected = compress(make_model("llama"), make_recipe(**swift), profile=found.folder)
+    model = make_model("llama")
+    recipe = make_recipe(method=method, **swift)
+    report = compress(model, recipe, windows=windows, profile=found.folder)
+    assert [x.rank for x in report.linears] == [x.rank for x in expected.linears]
+    assert report.allocation == expected.allocation
+    assert report.tokens == (0 if method == "svd" else 96)
+    assert not dense(model)
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"num_sequences": 7}, {"sequence_length": 31}])

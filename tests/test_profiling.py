@@ -212,6 +212,9 @@ def test_what_cannot_be_profiled(make_model, make_recipe, windows, tmp_path):
     out, model = tmp_path / "out", make_model("llama")
     with pytest.raises(RecipeError, match="svd looks at no activations"):
         profile(model, make_recipe(method="svd"), out, windows=windows)
+    for method in ("aa-svd", "shift-aware"):
+        with pytest.raises(RecipeError, match=rf"{method} looks at what arrives .* by swift-svd"):
+            profile(model, make_recipe(method=method), out, windows=windows)
     with pytest.raises(RecipeError, match=r"needs tokenizer=\.\.\. or windows"):
         profile(model, make_recipe(), out)
     with pytest.raises(RecipeError, match="q_prjo"):

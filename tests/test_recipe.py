@@ -13,6 +13,25 @@ FULL = {
     "budget": {"param_ratio": 0.7, "scope": "model", "multiple_of": 8, "min_rank": 16},
     "allocation": "swift",
     "swift": {"importance_weight": 0.3, "retained_share": 0.25, "importance_after_norm": True},
+    "within_block": "greedy",
+    "order": "sequential",
+    "ridge": 0.1,
+    "anchor": 1.0,
+    "refine": {
+        "preset": "fast",
+        "epochs": 3,
+        "learning_rate": 0.002,
+        "warmup": 0.2,
+        "final_learning_rate": 0.3,
+        "weight_decay": 0.0,
+        "clip_norm": 2.0,
+        "batch_sequences": 5,
+        "shuffle": False,
+        "scale_loss": False,
+        "patience": 4,
+        "trains": ["factors", "norms"],
+        "seed": 9,
+    },
     "kv_cache": {"keep": 0.5},
     "calibration": {
         "source": ["a.txt", "b"],
@@ -57,6 +76,11 @@ def test_defaults_are_the_documented_ones():
     assert recipe.budget.scope == "targets"
     assert recipe.calibration.held_out_sequences == 8
     assert recipe.kv_cache is None
+    assert (recipe.order, recipe.within_block) == (None, "fixed")
+    assert (recipe.ridge, recipe.anchor) == (None, 1.0)
+    assert recipe.refine.preset == "off"
+    assert not recipe.refines
+    assert not recipe.is_sequential
     assert recipe.swift.model_dump() == {
         "importance_weight": None,
         "retained_share": 0.5,
@@ -82,6 +106,7 @@ def with_value(path, value):
         ("calibration.samples", "source, subset, split"),
         ("swift.alpha", "importance_weight, retained_share, importance_after_norm"),
         ("kv_cache.share", "keep"),
+        ("refine.lr", "preset, epochs, learning_rate, warmup"),
     ],
 )
 def test_an_unknown_key_is_named_with_those_beside_it(path, there_are):
@@ -117,6 +142,26 @@ def test_an_unknown_key_is_named_with_those_beside_it(path, there_are):
         ("swift.retained_share", 2),
         ("swift.retained_share", None),
         ("swift.importance_after_norm", "often"),
+        ("within_block", "swift"),
+        ("order", "both"),
+        ("ridge", -0.1),
+        ("ridge", 1.1),
+        ("anchor", 1.1),
+        ("anchor", None),
+        ("refine", None),
+        ("refine", "slow"),
+        ("refine.preset", "slow"),
+        ("refine.epochs", 0),
+        ("refine.learning_rate", 0),
+        ("refine.warmup", 1),
+        ("refine.final_learning_rate", 1.5),
+        ("refine.weight_decay", -1),
+        ("refine.clip_norm", 0),
+        ("refine.batch_sequences", 0),
+        ("refine.patience", 0),
+        ("refine.trains", []),
+        ("refine.trains", ["heads"]),
+        ("refine.seed", -1),
         ("calibration.seed", -1),
         ("calibration.seed", 2**70),
         ("calibration.source", "a.txt"),
@@ -194,6 +239,23 @@ def test_every_setting_is_in_the_fingerprint():
         "swift.importance_weight": None,
         "swift.retained_share": 0.5,
         "swift.importance_after_norm": False,
+        "within_block": "fixed",
+        "order": None,
+        "ridge": 0.2,
+        "refine": "off",
+        "refine.preset": "paper",
+        "refine.epochs": 4,
+        "refine.learning_rate": 0.003,
+        "refine.warmup": 0.1,
+        "refine.final_learning_rate": 0.1,
+        "refine.weight_decay": 0.1,
+        "refine.clip_norm": None,
+        "refine.batch_sequences": 6,
+        "refine.shuffle": True,
+        "refine.scale_loss": True,
+        "refine.patience": None,
+        "refine.trains": ["factors"],
+        "refine.seed": 8,
         "kv_cache.keep": 0.6,
         "kv_cache": None,
         "targets": None,
@@ -203,6 +265,7 @@ def test_every_setting_is_in_the_fingerprint():
     }
     recipes = [FULL, *(with_value(path, value) for path, value in changes.items())]
     recipes += [{**FULL, "swift": {}}, {**FULL, "swift": {}, "allocation": "uniform"}]
+    recipes += [{**FULL, "method": "aa-svd", "anchor": anchor} for anchor in (1.0, 0.5, 0.0)]
     prints = {CompressionRecipe.from_dict(values).fingerprint() for values in recipes}
     assert len(prints) == len(recipes)
 
@@ -238,3 +301,92 @@ def test_settings_that_nothing_reads_are_refused():
     with pytest.raises(RecipeError, match="allocation is 'uniform'"):
         CompressionRecipe.from_dict(values)
     assert CompressionRecipe.from_dict(values | {"allocation": "swift"}).swift.importance_weight
+
+
+def with_others(**others):
+    return CompressionRecipe.from_dict({"budget": {"param_ratio": 0.5}, **others})
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("fast", {"epochs": 8, "learning_rate": 3e-4, "batch_sequences": 8, "patience": 2}),
+        ("paper", {"epochs": 25, "learning_rate": 1e-4, "batch_sequences": 32, "patience": None}),
+    ],
+)
+def test_a_preset_settles_what_is_not_given(preset, expected):
+    is_fast = preset == "fast"
+    expected = expected | {"shuffle": is_fast, "scale_loss": is_fast, "weight_decay": 0.01}
+    expected |= {"warmup": 0.1, "final_learning_rate": 0.1, "clip_norm": 1.0}
+    by_name, by_mapping = with_others(refine=preset), with_others(refine={"preset": preset})
+    assert by_name == by_mapping
+    assert by_name.refines
+    assert by_name.refine.model_dump().items() >= expected.items()
+    given = {"preset": preset, "epochs": 3, "patience": 7, "shuffle": not is_fast}
+    changed = with_others(refine=given).refine
+    assert changed.model_dump().items() >= (expected | given).items()
+
+
+@pytest.mark.parametrize("preset", ["off", "paper", "fast"])
+def test_a_written_preset_reads_back(preset):
+    recipe = with_others(refine={"preset": preset})
+    assert CompressionRecipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("refine", [{"epochs": 3}, {"preset": "off", "trains": ["factors"]}])
+def test_settings_of_a_refinement_that_is_off_are_refused(refine):
+    with pytest.raises(RecipeError, match=r"refine: .* it is off; say --refine paper or fast"):
+        with_others(refine=refine)
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm", "swift-svd", "shift-aware"])
+def test_an_anchor_is_for_the_anchored_method(method):
+    with pytest.raises(RecipeError, match=f"an anchor is given, but {method} has none; 'aa-svd'"):
+        with_others(method=method, anchor=0.5)
+    assert with_others(method="aa-svd", anchor=0.5).make_method().anchor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("others", "what"),
+    [({"refine": "fast"}, "refinement"), ({"within_block": "greedy"}, "--within-block greedy")],
+)
+def test_one_shot_is_not_for_what_needs_the_blocks_before(others, what):
+    with pytest.raises(RecipeError, match=f"{what} takes .* one after the other: --order seq"):
+        with_others(order="one-shot", **others)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ({}, False),
+        ({"method": "svd"}, False),
+        ({"method": "svd-llm"}, False),
+        ({"method": "shift-aware"}, True),
+        ({"method": "aa-svd"}, True),
+        ({"method": "svd", "refine": "paper"}, True),
+        ({"within_block": "greedy"}, True),
+        ({"method": "aa-svd", "order": "one-shot"}, False),
+        ({"method": "svd", "order": "sequential"}, True),
+    ],
+)
+def test_order_is_as_the_rest_needs(others, expected):
+    recipe = with_others(**others)
+    assert recipe.is_sequential == expected
+    assert recipe.order == others.get("order")
+
+
+def test_the_ridge_is_the_methods_own_unless_given():
+    assert with_others().relative_ridge() == 0.0
+    assert with_others(method="aa-svd").relative_ridge() == 0.01
+    assert with_others(method="aa-svd", ridge=0.0).relative_ridge() == 0.0
+    assert with_others(ridge=0.3).relative_ridge() == 0.3
+
+
+def test_ranks_come_from_a_profile_of_one_pass():
+    for method in ("svd-llm", "swift-svd"):
+        recipe = with_others(method=method, ridge=0.1)
+        assert recipe.for_profile() is recipe
+    for method in ("svd", "shift-aware", "aa-svd"):
+        recipe = with_others(method=method, ridge=0.1).for_profile()
+        assert (recipe.method, recipe.ridge) == ("swift-svd", None)
+    assert with_others(method="aa-svd", anchor=0.5).for_profile() == with_others()

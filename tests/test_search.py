@@ -8,7 +8,7 @@ import torch
 import slimrank.search
 from slimrank import CompressionOptions, LowRankLinear, TokenWindows, compress
 from slimrank.allocation import swift
-from slimrank.errors import NumericalError, NumericalWarning, RecipeError, TextError
+from slimrank.errors import NumericalError, NumericalWarning, TextError
 from slimrank.evaluation import windows_perplexity
 from slimrank.search import IMPORTANCE_WEIGHTS, dynamic_ranks
 from slimrank.targets import find_work
@@ -253,9 +253,21 @@ def test_in_one_go_as_from_a_profile(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # the profile is gone
 
 
-def test_a_method_without_activations_has_no_dynamic_ranks(make_model, make_recipe, windows):
-    model = make_model("llama")
+def test_a_method_without_activations_takes_ranks_of_swift_svd(
+    make_model, make_recipe, windows, searched
+):
+    """The search is over models by swift-svd, and only its ranks are taken."""
+    model = make_model("llama", num_hidden_layers=3)
     recipe = make_recipe(method="svd", allocation="swift")
-    with pytest.raises(RecipeError, match="svd looks at no activations"):
-        compress(model, recipe, windows=windows)
-    assert not any(isinstance(module, LowRankLinear) for module in model.modules())
+    report = compress(model, recipe, windows=windows)
+    assert [x.rank for x in report.linears] == [x.rank for x in searched.linears]
+    assert [x.perplexity for x in report.allocation.trials] == [
+        pytest.approx(x.perplexity, rel=1e-5) for x in searched.allocation.trials
+    ]
+    assert report.tokens == 0
+    other = make_model("llama", num_hidden_layers=3)
+    for linear in report.linears:
+        weight = other.get_submodule(linear.name).weight.detach().double()
+        values = torch.linalg.svdvals(weight).square()
+        expected = float(values[linear.rank :].sum() / values.sum())
+        assert linear.predicted_loss == pytest.approx(expected, rel=1e-6)

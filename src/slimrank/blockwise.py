@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimrank.allocation import RankPlan
 from slimrank.calibration import (
@@ -22,7 +22,7 @@ from slimrank.calibration import (
 )
 from slimrank.environment import Clock
 from slimrank.errors import NumericalError, NumericalWarning
-from slimrank.linalg import Decomposition, Moments, effective_rank, output_loss
+from slimrank.linalg import Decomposition, Moments, effective_rank
 from slimrank.methods import Method
 from slimrank.model import Anatomy, InputGroup, LinearSite, replace_linear
 from slimrank.nn import LowRankLinear
@@ -129,7 +129,7 @@ class Solved:
     """One linear, solved for every rank that is asked for."""
 
     decomposition: Decomposition
-    moment: Tensor | None
+    moments: Moments | None
     tokens: int
     seconds: float
 
@@ -147,6 +147,7 @@ def solve(
         The largest rank that is asked for.
     method : Method
     moments : Moments or None
+        With the ridge, if any.
 
     Raises
     ------
@@ -174,7 +175,7 @@ def solve(
         raise type(error)(f"{site.name}: {error}") from error
     kept = solved.shortened(columns, torch.promote_types(weight.dtype, torch.float32))
     seconds = time.perf_counter() - start
-    return Solved(kept, moments.original if moments else None, tokens, seconds)
+    return Solved(kept, moments, tokens, seconds)
 
 
 def check_block(
@@ -200,6 +201,7 @@ def factorise_blocks(
     anatomy: Anatomy,
     ranks: RankPlan,
     method: Method,
+    ridge: float,
     windows: TokenWindows | None,
     options: CompressionOptions,
     clock: Clock,
@@ -214,6 +216,8 @@ def factorise_blocks(
         Of the targeted linears.
     ranks : RankPlan
     method : Method
+    ridge : float
+        Share of the mean diagonal that is added to the moments.
     windows : TokenWindows or None
         None if the method needs no moments, or nothing is factorised.
     options : CompressionOptions
@@ -240,8 +244,12 @@ def factorise_blocks(
             rank = ranks.ranks[site.name]
             assert rank is not None
             with clock.phase("solve"):
-                solved = solve(model, site, rank, method, passed.moments.get(site.name))
-                replacements[site.name], linears[site.name] = _truncate(model, site, rank, solved)
+                moments = passed.moments.get(site.name)
+                moments = moments.ridged(ridge) if moments else None
+                solved = solve(model, site, rank, method, moments)
+                replacements[site.name], linears[site.name] = truncate(
+                    model, site, rank, solved, method
+                )
         gaps = check_block(model, passed, replacements, clock)
         for name, replacement in replacements.items():
             replace_linear(model, name, replacement)
@@ -255,21 +263,38 @@ def dense_report(site: LinearSite) -> LinearReport:
     return LinearReport(name=site.name, rank=None, params_before=size, params=size, tokens=0)
 
 
-def _truncate(
-    model: Any, site: LinearSite, rank: int, solved: Solved
+def truncate(
+    model: Any,
+    site: LinearSite,
+    rank: int,
+    solved: Solved,
+    method: Method,
+    split: Literal["orthonormal", "balanced"] = "orthonormal",
 ) -> tuple[LowRankLinear, LinearReport]:
-    """Make the layer, and say what was promised and what the factors give."""
+    """Make the layer, and say what was promised and what the factors give.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not changed.
+    site : LinearSite
+    rank : int
+    solved : Solved
+    method : Method
+    split : {'orthonormal', 'balanced'}
+        See `Decomposition.truncate`.
+    """
     start = time.perf_counter()
     linear = model.get_submodule(site.name)
     found = solved.decomposition
-    factors = found.truncate(rank)
+    factors = found.truncate(rank, split)
     replacement = LowRankLinear.from_factors(linear, factors)
     report = low_rank_report(
         site,
         rank,
         found,
-        measured=output_loss(linear.weight, factors, solved.moment),
-        stored=output_loss(linear.weight, replacement.factors(), solved.moment),
+        measured=method.loss(linear.weight, factors, solved.moments),
+        stored=method.loss(linear.weight, replacement.factors(), solved.moments),
         tokens=solved.tokens,
     )
     seconds = solved.seconds + time.perf_counter() - start

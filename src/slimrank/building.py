@@ -9,7 +9,7 @@ from torch import Tensor
 from slimrank.allocation import RankPlan
 from slimrank.blockwise import dense_report, low_rank_report
 from slimrank.calibration import TokenWindows, hold_out
-from slimrank.checkpoint import Profile
+from slimrank.checkpoint import Profile, RunState
 from slimrank.drawing import draw
 from slimrank.environment import Clock
 from slimrank.errors import CheckpointError
@@ -18,7 +18,7 @@ from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CalibrationRecipe, CompressionRecipe
-from slimrank.report import AllocationReport, LinearReport
+from slimrank.report import AllocationReport, BlockReport, LinearReport
 from slimrank.search import dynamic_ranks
 from slimrank.targets import Work
 
@@ -36,6 +36,10 @@ class Made:
     probe : Tensor of shape (length,) or None
         Token ids to compare logits on.
     allocation : AllocationReport or None
+    blocks : tuple of BlockReport
+        Of a sequential run.
+    state : RunState or None
+        What is kept of the run until its folder is written.
     """
 
     ranks: RankPlan
@@ -44,6 +48,8 @@ class Made:
     tokens: int
     probe: Tensor | None
     allocation: AllocationReport | None = None
+    blocks: tuple[BlockReport, ...] = ()
+    state: RunState | None = None
 
 
 def hold_against(
@@ -75,9 +81,15 @@ def hold_against(
             f"{where} is a profile of {manifest.model} with other weights than {source.name}; "
             "profile this model"
         )
-    if manifest.method != recipe.method:
+    wanted = recipe.for_profile()
+    if manifest.method != wanted.method:
         raise CheckpointError(
-            f"{where} is a profile by {manifest.method}; the recipe asks for {recipe.method}"
+            f"{where} is a profile by {manifest.method}; the recipe asks for {wanted.method}"
+        )
+    if manifest.ridge != wanted.relative_ridge():
+        raise CheckpointError(
+            f"{where} is a profile with a ridge of {manifest.ridge:g}; the recipe asks for "
+            f"{wanted.relative_ridge():g}"
         )
     if windows is None and recipe.calibration not in (CalibrationRecipe(), manifest.calibration):
         drawn = draw(recipe.calibration, tokenizer, with_held_out=False)
@@ -99,6 +111,30 @@ def hold_against(
     return recipe.model_copy(update={"calibration": manifest.calibration})
 
 
+def choose_ranks(
+    model: Any,
+    work: Work,
+    recipe: CompressionRecipe,
+    profile: Profile | None,
+    options: CompressionOptions,
+    clock: Clock,
+) -> tuple[RankPlan, AllocationReport | None]:
+    """Share the budget out as the recipe says; a profile is needed unless evenly.
+
+    Raises
+    ------
+    BudgetError
+        If no ranks meet the budget.
+    CheckpointError
+        If the profile is damaged.
+    """
+    if recipe.allocation == "uniform":
+        return work.uniform(recipe), None
+    assert profile is not None
+    with clock.phase("allocate"):
+        return dynamic_ranks(model, work, recipe, profile, options)
+
+
 def build(
     model: Any,
     work: Work,
@@ -115,6 +151,7 @@ def build(
         Dense; its linears are replaced.
     work : Work
     recipe : CompressionRecipe
+        Of the profile's method.
     profile : Profile
     options : CompressionOptions
     clock : Clock
@@ -126,10 +163,7 @@ def build(
     CheckpointError
         If the profile is damaged, or a rank is beyond what it keeps.
     """
-    ranks, allocation = work.uniform(recipe), None
-    if recipe.allocation == "swift":
-        with clock.phase("allocate"):
-            ranks, allocation = dynamic_ranks(model, work, recipe, profile, options)
+    ranks, allocation = choose_ranks(model, work, recipe, profile, options, clock)
     linears: list[LinearReport] = []
     sites = list(work.anatomy.sites)
     with clock.phase("build"):

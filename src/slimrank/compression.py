@@ -1,7 +1,8 @@
 """The one data flow: anatomy, tokens, ranks, blocks, report, folder."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+import warnings
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,26 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimrank.allocation import RankPlan
 from slimrank.blockwise import factorise_blocks
-from slimrank.building import Made, build, hold_against
-from slimrank.calibration import TokenWindows, hold_out
+from slimrank.building import Made, build, choose_ranks, hold_against
+from slimrank.calibration import (
+    ActivationStore,
+    TokenWindows,
+    default_batch_size,
+    embed_streams,
+    hold_out,
+)
 from slimrank.checkpoint import (
+    Profile,
+    RunManifest,
+    RunState,
     folder_bytes,
+    has_run,
     mark_compressed,
     read_profile,
+    require_no_run,
     require_writable,
     write_folder,
 )
 from slimrank.drawing import draw
 from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
-from slimrank.errors import RecipeError
-from slimrank.methods import method_by_name
+from slimrank.errors import NumericalWarning, RecipeError
 from slimrank.model import weights_fingerprint
 from slimrank.options import CompressionOptions
-from slimrank.profiling import ProfiledModel, require_moments, write_profile
+from slimrank.profiling import ProfiledModel, write_profile
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 from slimrank.search import require_held_out
+from slimrank.sequential import factorise_in_sequence
 from slimrank.source import open_dense
 from slimrank.targets import PROBE_TOKENS, Work, find_work, num_embeddings
 
@@ -42,6 +55,7 @@ def compress(
     windows: TokenWindows | None = None,
     profile: str | Path | None = None,
     options: CompressionOptions | None = None,
+    resume: bool = False,
 ) -> CompressionReport:
     """Make a causal language model smaller by activation-aware low-rank factorisation.
 
@@ -61,6 +75,9 @@ def compress(
         A profile of this very model (see `slimrank.profile`): nothing is calibrated then.
     options : CompressionOptions, optional
         How to run.
+    resume : bool
+        Go on with the run that was cut off while it made `out`, if there is one. Only sequential
+        runs keep what is finished, in a folder beside `out`.
 
     Returns
     -------
@@ -88,12 +105,44 @@ def compress(
     options = options or CompressionOptions()
     if out is not None:
         require_writable(Path(out))
-    with gathered_warnings() as messages:
-        done = _factorise(model, recipe, out, tokenizer, windows, profile, options)
-    report = done.report.model_copy(update={"warnings": tuple(messages)})
-    if out is None:
-        return report
-    return write_folder(done.model, done.tokenizer, Path(out), report, done.probe)
+    with ExitStack() as stack:
+        with gathered_warnings() as messages:
+            job = _Job(recipe, out, tokenizer, windows, options, resume, stack)
+            done = _factorise(model, job, profile)
+        report = done.report.model_copy(update={"warnings": tuple(messages)})
+        if out is None:
+            return report
+        report = write_folder(done.model, done.tokenizer, Path(out), report, done.probe)
+        if done.state is not None:
+            done.state.remove()
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be done, beside the model; `stack` closes what stays open to the end."""
+
+    recipe: CompressionRecipe
+    out: str | Path | None
+    tokenizer: Any
+    windows: TokenWindows | None
+    options: CompressionOptions
+    resume: bool
+    stack: ExitStack
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def beside(self) -> Path | None:
+        """Where passing files go: next to the output."""
+        if self.out is None:
+            return None
+        return next(p for p in Path(self.out).absolute().parents if p.exists())
+
+    def held_apart(self) -> tuple[TokenWindows, TokenWindows | None]:
+        """Windows to calibrate on, and those that are held out."""
+        calibration = self.recipe.calibration
+        windows = self.windows or draw(calibration, self.tokenizer, with_held_out=True)
+        return hold_out(windows, calibration.held_out_sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,37 +153,32 @@ class _Done:
     tokenizer: Any
     probe: Tensor
     report: CompressionReport
+    state: RunState | None
 
 
-def _factorise(
-    model: str | Path | nn.Module,
-    recipe: CompressionRecipe,
-    out: str | Path | None,
-    tokenizer: Any,
-    windows: TokenWindows | None,
-    profile: str | Path | None,
-    options: CompressionOptions,
-) -> _Done:
+def _factorise(model: str | Path | nn.Module, job: _Job, profile: str | Path | None) -> _Done:
     """Load, plan, draw, walk the blocks, report: all but writing."""
-    clock = Clock()
-    if out is None and not isinstance(model, nn.Module):
+    if job.out is None and not isinstance(model, nn.Module):
         raise RecipeError("a model given by its path needs a folder to be written to: out=...")
+    if job.resume and not (job.recipe.is_sequential and job.out is not None):
+        raise RecipeError("only a sequential run that writes a folder can be resumed")
+    if job.recipe.is_sequential and job.out is not None and not job.resume:
+        require_no_run(Path(job.out))
     opened = None if profile is None else read_profile(profile)
-    with clock.phase("load"):
-        loaded, name, tokenizer = open_dense(model, recipe.dtype, tokenizer)
-    loaded = loaded.to(options.device) if options.device else loaded
-    needs_profile = opened is not None or recipe.allocation == "swift"
-    source = ProfiledModel(loaded, name, weights_fingerprint(loaded) if needs_profile else "")
+    with job.clock.phase("load"):
+        loaded, name, tokenizer = open_dense(model, job.recipe.dtype, job.tokenizer)
+    loaded = loaded.to(job.options.device) if job.options.device else loaded
+    job = replace(job, tokenizer=tokenizer)
+    recipe = job.recipe
+    told_apart = opened is not None or recipe.allocation == "swift" or recipe.is_sequential
+    source = ProfiledModel(loaded, name, weights_fingerprint(loaded) if told_apart else "")
     split_alike = opened is not None and opened.manifest.for_kv_cache
     work = find_work(loaded, recipe, split_alike=split_alike)
     with work.put_back_on_error(loaded) if isinstance(model, nn.Module) else nullcontext():
         if opened is not None:
-            recipe = hold_against(opened, source, work, recipe, windows, tokenizer)
-            made = build(loaded, work, recipe, opened, options, clock)
-        elif recipe.allocation == "swift":
-            made = _profile_and_build(source, work, recipe, windows, tokenizer, out, options, clock)
-        else:
-            made = _calibrate_and_build(loaded, work, recipe, windows, tokenizer, options, clock)
+            recipe = hold_against(opened, source, work, recipe, job.windows, tokenizer)
+            job = replace(job, recipe=recipe)
+        made = _make(source, work, job, opened)
         size = work.size(made.ranks, folder_bytes(loaded))
         mark_compressed(loaded, work.attentions if work.kv_cache else None)
     report = CompressionReport(
@@ -145,62 +189,115 @@ def _factorise(
         tokens=made.tokens,
         size=size,
         linears=tuple(made.linears),
+        blocks=made.blocks,
         allocation=made.allocation,
         kv_cache=work.kv_cache,
-        seconds=clock.seconds,
+        seconds=job.clock.seconds,
         peak_bytes=peak_bytes(),
         environment=environment(loaded),
         warnings=(),
     )
     probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(loaded)
-    return _Done(loaded, tokenizer, probe if made.probe is None else made.probe[None, :128], report)
+    probe = probe if made.probe is None else made.probe[None, :128]
+    return _Done(loaded, tokenizer, probe, report, made.state)
 
 
-def _calibrate_and_build(
-    model: Any,
-    work: Work,
-    recipe: CompressionRecipe,
-    windows: TokenWindows | None,
-    tokenizer: Any,
-    options: CompressionOptions,
-    clock: Clock,
-) -> Made:
-    """Uniform ranks, known beforehand: each block is factorised when the tokens have passed it."""
-    method = method_by_name(recipe.method)
-    ranks = work.uniform(recipe)
-    if method.needs_moments and any(rank is not None for rank in ranks.ranks.values()):
-        windows = windows or draw(recipe.calibration, tokenizer, with_held_out=False)
-        windows.check_vocabulary(num_embeddings(model))
-    else:
-        windows = None
-    linears = factorise_blocks(model, work.anatomy, ranks, method, windows, options, clock)
+def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) -> Made:
+    """Choose ranks and replace the linears, by the shortest way that the recipe leaves."""
+    recipe, options, clock = job.recipe, job.options, job.clock
+    if recipe.is_sequential:
+        return _make_in_sequence(source, work, job, opened)
+    if opened is None and recipe.allocation == "swift":
+        opened = _passing_profile(source, work, job)
+    if opened is not None and recipe.for_profile() == recipe:
+        return build(source.model, work, recipe, opened, options, clock)
+    ranks, allocation = choose_ranks(source.model, work, recipe, opened, options, clock)
+    windows = None
+    if recipe.make_method().needs and any(rank is not None for rank in ranks.ranks.values()):
+        # Where ranks come from a profile, what it held out stays held out.
+        windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=False)
+        windows = job.held_apart()[0] if opened is not None else windows
+        windows.check_vocabulary(num_embeddings(source.model))
+    linears = factorise_blocks(
+        source.model,
+        work.anatomy,
+        ranks,
+        recipe.make_method(),
+        recipe.relative_ridge(),
+        windows,
+        options,
+        clock,
+    )
     return Made(
         ranks=ranks,
         linears=linears,
         calibration_fingerprint=windows.fingerprint() if windows else "",
         tokens=windows.tokens if windows else 0,
         probe=windows.windows[0] if windows else None,
+        allocation=allocation,
     )
 
 
-def _profile_and_build(
-    source: ProfiledModel,
-    work: Work,
-    recipe: CompressionRecipe,
-    windows: TokenWindows | None,
-    tokenizer: Any,
-    out: str | Path | None,
-    options: CompressionOptions,
-    clock: Clock,
-) -> Made:
-    """Ranks that need the spectra of all blocks: a profile beside the output, gone afterwards."""
-    require_moments(recipe)
-    windows = windows or draw(recipe.calibration, tokenizer, with_held_out=True)
+def _passing_profile(source: ProfiledModel, work: Work, job: _Job) -> Profile:
+    """Profile for ranks that need the spectra of all blocks; beside the output, gone at the end."""
+    recipe = job.recipe.for_profile()
+    windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=True)
     if recipe.swift.importance_weight is None:
         _, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
         require_held_out(held_out, "the calibration text")
-    beside = None if out is None else next(p for p in Path(out).absolute().parents if p.exists())
-    with TemporaryDirectory(prefix=".slimrank-", dir=beside) as folder:
-        path = Path(folder) / "profile"
-        opened = write_profile(path, source, work, recipe, windows, options, clock)
-        return build(source.model, work, recipe, opened, options, clock)
+    passing = TemporaryDirectory(prefix=".slimrank-", dir=job.beside)
+    path = Path(job.stack.enter_context(passing)) / "profile"
+    return write_profile(path, source, work, recipe, windows, job.options, job.clock)
+
+
+def _make_in_sequence(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) -> Made:
+    """Take the blocks one after the other; go on where a run was cut off."""
+    model, recipe, clock = source.model, job.recipe, job.clock
+    calibration, held_out = job.held_apart()
+    drawn = TokenWindows((*calibration.windows, *(held_out.windows if held_out else ())))
+    marks: dict[str, Any] = {
+        "recipe_fingerprint": recipe.fingerprint(),
+        "model_fingerprint": source.fingerprint,
+        "calibration_fingerprint": drawn.fingerprint(),
+        "dtype": environment(model)["dtype"],
+    }
+    drawn.check_vocabulary(num_embeddings(model))
+    state = None
+    if job.resume and job.out is not None and has_run(Path(job.out)):
+        state = job.stack.enter_context(RunState.resume(Path(job.out)))
+        state.require(**marks)
+        for difference in state.differences(environment(model)):
+            warnings.warn(
+                f"the run was begun with another {difference}; its bits may differ from those of "
+                "an unbroken run",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        ranks, allocation = RankPlan(state.manifest.ranks), state.manifest.allocation
+    else:
+        if opened is None and recipe.allocation == "swift":
+            opened = _passing_profile(source, work, job)
+        ranks, allocation = choose_ranks(model, work, recipe, opened, job.options, clock)
+        if job.out is not None:
+            manifest = RunManifest(
+                **marks, versions=environment(model), ranks=dict(ranks.ranks), allocation=allocation
+            )
+            state = job.stack.enter_context(RunState.begin(Path(job.out), manifest))
+    store = job.stack.enter_context(ActivationStore(job.options.memory, job.beside))
+    length = max(len(window) for window in calibration.windows)
+    size = job.options.batch_size or default_batch_size(length)
+    with clock.phase("embed"):
+        streams = embed_streams(model, work.anatomy, calibration, held_out, size, store)
+    walk = factorise_in_sequence(
+        model, work.anatomy, ranks, work.fixed, recipe, streams, job.options, clock, state
+    )
+    return Made(
+        ranks=walk.ranks,
+        linears=list(walk.linears.values()),
+        calibration_fingerprint=calibration.fingerprint(),
+        tokens=calibration.tokens,
+        probe=calibration.windows[0],
+        allocation=allocation,
+        blocks=tuple(walk.blocks),
+        state=state,
+    )

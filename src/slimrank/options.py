@@ -20,10 +20,14 @@ class CompressionOptions:
         Where forwards and solves run: 'cpu', 'cuda', 'cuda:1'. Default: where the model is.
     batch_size : int, optional
         Windows at once; by default about 4,096 tokens.
+    memory : int, optional
+        Bytes of activations that a sequential run holds in memory; the rest is spilled to disk. No
+        limit if left out.
     track : callable
         Wraps the loop over blocks, given a description, to show progress.
     """
 
     device: str | None = None
     batch_size: int | None = None
+    memory: int | None = None
     track: Track = _untracked

@@ -9,7 +9,6 @@ from slimrank.allocation import LinearShape, RankPlan
 from slimrank.calibration import default_batch_size
 from slimrank.checkpoint import folder_bytes
 from slimrank.errors import SlimrankWarning
-from slimrank.methods import method_by_name
 from slimrank.model import Anatomy
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import PlannedLinear, PlanReport
@@ -140,7 +139,7 @@ def calibration_memory(
             * (3 * s.dense_params + 4 * min(s.out_features, s.in_features) ** 2 + s.in_features**2)
             for s in shapes
         )
-    if method_by_name(recipe.method).needs_moments:
+    if recipe.make_method().needs:
         sample = recipe.calibration
         hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
         result["hidden_states"] = sample.num_sequences * sample.sequence_length * hidden * width

@@ -63,11 +63,11 @@ def draw_heat_map(report: AnalysisReport) -> Any:
     for row, kind in enumerate(kinds):
         for block, value in ner_by_block(report.linears, kind).items():
             values[row, block] = value
-    figure, (axes,) = _panels(1, (5.2 + 0.28 * blocks, 2.2 + 0.4 * len(kinds)))
+    figure, (axes,) = make_panels(1, (5.2 + 0.28 * blocks, 2.2 + 0.4 * len(kinds)))
     axes.set_facecolor("lightgrey")
     image = axes.imshow(values.numpy(), aspect="auto", cmap=COLOURS, interpolation="nearest")
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xticks(_ticks(blocks))
+    axes.set_xticks(block_ticks(blocks))
     axes.set(xlabel="block", ylabel="module type", title="Normalised effective rank of the outputs")
     figure.colorbar(image, ax=axes, label="effective rank / min(in, out)")
     return figure
@@ -76,7 +76,7 @@ def draw_heat_map(report: AnalysisReport) -> Any:
 def draw_spectra(report: AnalysisReport, spectra: Mapping[str, Tensor]) -> Any:
     """Singular values over the largest, one panel a module type and one curve a block."""
     kinds = [kind.kind for kind in report.kinds]
-    figure, panels = _panels(len(kinds))
+    figure, panels = make_panels(len(kinds))
     colour = _depth(len(report.importance))
     for axes, kind in zip(panels, kinds, strict=True):
         curves = _curves_by_block(
@@ -91,14 +91,14 @@ def draw_spectra(report: AnalysisReport, spectra: Mapping[str, Tensor]) -> Any:
     figure.suptitle("Spectra of the outputs, mean over the linears of a block")
     figure.supxlabel("index / min(in, out)")
     figure.supylabel("singular value / largest")
-    figure.colorbar(colour, ax=panels, label="block", ticks=_ticks(len(report.importance)))
+    figure.colorbar(colour, ax=panels, label="block", ticks=block_ticks(len(report.importance)))
     return figure
 
 
 def draw_energy(report: AnalysisReport, spectra: Mapping[str, Tensor]) -> Any:
     """Share of the energy that a share of the full rank keeps: median and range over blocks."""
     kinds = [kind.kind for kind in report.kinds]
-    figure, panels = _panels(len(kinds))
+    figure, panels = make_panels(len(kinds))
 
     def kept(name: str) -> Tensor:
         tail = tail_energy(spectra[name])
@@ -123,14 +123,14 @@ def draw_energy(report: AnalysisReport, spectra: Mapping[str, Tensor]) -> Any:
 
 def draw_importance(report: AnalysisReport) -> Any:
     """Importance by block, then against effective rank: the mean over types, and each type."""
-    figure, (by_block, *panels) = _panels(2 + len(report.kinds))
+    figure, (by_block, *panels) = make_panels(2 + len(report.kinds))
     last = len(report.importance) - 1
     by_block.plot(report.importance, marker="o", markersize=3, label="before the final norm")
     if report.importance_after_norm is not None:
         after = report.importance_after_norm
         by_block.plot(last, after, "o", fillstyle="none", label="last block, after the norm")
     by_block.legend(fontsize="small")
-    by_block.set_xticks(_ticks(last + 1))
+    by_block.set_xticks(block_ticks(last + 1))
     by_block.set(xlabel="block", ylabel="importance")
     by_block.set_title("block influence", fontsize="small")
     colour = _depth(len(report.importance))
@@ -144,12 +144,18 @@ def draw_importance(report: AnalysisReport) -> Any:
         axes.set_title(f"{what}\n{_in_words(found.all_blocks)}", fontsize="small")
         axes.set(xlabel="importance of the block", ylabel="normalised effective rank")
     figure.suptitle("Importance of blocks against normalised effective rank")
-    figure.colorbar(colour, ax=panels, label="block", ticks=_ticks(len(report.importance)))
+    figure.colorbar(colour, ax=panels, label="block", ticks=block_ticks(len(report.importance)))
     return figure
 
 
-def _panels(count: int, size: tuple[float, float] | None = None) -> tuple[Any, list[Any]]:
-    """Make a figure with as many axes, of a given size in inches or one that suits them."""
+def make_panels(count: int, size: tuple[float, float] | None = None) -> tuple[Any, list[Any]]:
+    """Make a figure with as many axes, of a given size in inches or one that suits them.
+
+    Raises
+    ------
+    SlimrankError
+        If matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -172,7 +178,7 @@ def _depth(blocks: int) -> Any:
     return ScalarMappable(Normalize(0, max(blocks - 1, 1)), colormaps[COLOURS])
 
 
-def _ticks(blocks: int) -> list[int]:
+def block_ticks(blocks: int) -> list[int]:
     """Blocks to mark on an axis: the first, and at most seven more in even steps."""
     return list(range(0, blocks, -(-blocks // 8)))
 

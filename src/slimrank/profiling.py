@@ -112,15 +112,21 @@ def profile(
 
 
 def require_moments(recipe: CompressionRecipe) -> None:
-    """See that there is something to profile.
+    """See that the method is of what one pass over a model shows.
 
     Raises
     ------
     RecipeError
-        If the method looks at no activations.
+        If it looks at no activations, or at those of a model that is partly compressed.
     """
-    if not method_by_name(recipe.method).needs_moments:
+    method = recipe.make_method()
+    if not method.needs:
         raise RecipeError(f"{recipe.method} looks at no activations: there is nothing to profile")
+    if method.needs != {"original"}:
+        raise RecipeError(
+            f"{recipe.method} looks at what arrives in the compressed model, which a profile does "
+            "not know; a profile by swift-svd serves it for allocation 'swift'"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +169,7 @@ def write_profile(
             model=source.name,
             model_fingerprint=source.fingerprint,
             method=recipe.method,
+            ridge=recipe.relative_ridge(),
             dtype=environment(model)["dtype"],
             for_kv_cache=bool(work.attentions),
             calibration=recipe.calibration,
@@ -231,10 +238,13 @@ def _profile_block(
         linear = model.get_submodule(site.name)
         with clock.phase("solve"):
             rank = work.useful_rank(site.shape)
-            solved = solve(model, site, rank, method, passed.moments.get(site.name))
+            moments = passed.moments[site.name].ridged(recipe.relative_ridge())
+            solved = solve(model, site, rank, method, moments)
             decomposition = solved.decomposition
             spectra[f"{site.name}.singular_values"] = decomposition.singular_values
-            spectra[f"{site.name}.measured_losses"] = decomposition.measured_losses(solved.moment)
+            spectra[f"{site.name}.measured_losses"] = decomposition.measured_losses(
+                moments.original
+            )
             if rank:
                 half = decomposition.truncate((rank + 1) // 2)
                 halves[site.name] = LowRankLinear.from_factors(linear, half)

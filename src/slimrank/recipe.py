@@ -1,7 +1,9 @@
 """What to do: frozen, checked, read from YAML and written back."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import yaml
@@ -9,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from slimrank.allocation import Budget
 from slimrank.errors import RecipeError, SlimrankError
-from slimrank.methods import method_by_name
+from slimrank.methods import AASVD, Method, method_by_name
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -80,6 +82,74 @@ class KVCacheRecipe(_Frozen):
     keep: float = Field(gt=0, le=1, description="Share of the numbers in a dense cache that stay.")
 
 
+REFINE_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "off": {},
+        "paper": {"shuffle": False, "scale_loss": False, "patience": None},
+        "fast": {"epochs": 8, "learning_rate": 3e-4, "batch_sequences": 8},
+    }
+)
+
+
+class RefineRecipe(_Frozen):
+    """Settings of `slimrank.refine.refine_block`; a preset settles what is not given.
+
+    ``paper`` is AA-SVD's: 25 epochs over the calibration sequences in a fixed order. ``fast`` is
+    for machines without a GPU: fewer epochs of more steps, and a stop on held-out text.
+    """
+
+    preset: Literal["off", "paper", "fast"] = Field(
+        default="off", description="Settles every setting that is not given."
+    )
+    epochs: int = Field(default=25, ge=1, description="Passes over the calibration sequences.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="Of AdamW, at its peak.")
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the steps over which the rate grows from 0."
+    )
+    final_learning_rate: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the peak at which the cosine ends."
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="Largest norm of the block's gradient; null does not clip."
+    )
+    batch_sequences: int = Field(default=32, ge=1, description="Sequences of one step.")
+    shuffle: bool = Field(default=True, description="Draw the order of sequences anew each epoch.")
+    scale_loss: bool = Field(
+        default=True, description="Divide the squared error by the variance of the target."
+    )
+    patience: int | None = Field(
+        default=2,
+        ge=1,
+        description="Epochs without a better loss on held-out sequences before it stops and goes "
+        "back to the best; null trains to the end and keeps the last.",
+    )
+    trains: tuple[Literal["factors", "norms", "biases"], ...] = Field(
+        default=("factors", "norms", "biases"), min_length=1, description="What is trained."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Take a preset's name for all of its settings, and its values for those not given."""
+        values = {"preset": values} if isinstance(values, str) else values
+        if not isinstance(values, dict) or values.get("preset", "off") not in REFINE_PRESETS:
+            return values
+        preset = REFINE_PRESETS[values.get("preset", "off")]
+        if values.get("preset", "off") == "off" and not values.keys() <= {"preset"}:
+            settings = cls.model_construct().model_dump()
+            if any(settings.get(key) != _listless(value) for key, value in values.items()):
+                raise RecipeError(
+                    "settings of a refinement are given, but it is off; say --refine paper or fast"
+                )
+        return {**preset, **values}
+
+
+def _listless(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 class CompressionRecipe(_Frozen):
     """All that decides the result; how to run it is in `CompressionOptions`.
 
@@ -93,6 +163,18 @@ class CompressionRecipe(_Frozen):
         How the budget is shared out.
     swift : SwiftRecipe
         Settings of allocation 'swift'.
+    within_block : {'fixed', 'greedy'}
+        Keep the ranks of the allocation, or share each block's parameters out anew once what
+        arrives at it is known (see `slimrank.allocation.greedy`).
+    order : {'one-shot', 'sequential'}, optional
+        All blocks from the original activations, or one after the other from what the compressed
+        blocks before it give. As the method and the refinement need if left out.
+    ridge : float, optional
+        Share of the mean diagonal that is added to the moments. The method's own if left out.
+    anchor : float
+        For 'aa-svd': the share of the original inputs in the target, 0 to 1.
+    refine : RefineRecipe
+        Training of each block after its factors are found.
     kv_cache : KVCacheRecipe, optional
         Compress the key/value cache.
     calibration : CalibrationRecipe
@@ -120,6 +202,11 @@ class CompressionRecipe(_Frozen):
     budget: BudgetRecipe
     allocation: Literal["uniform", "swift"] = "uniform"
     swift: SwiftRecipe = SwiftRecipe()
+    within_block: Literal["fixed", "greedy"] = "fixed"
+    order: Literal["one-shot", "sequential"] | None = None
+    ridge: float | None = Field(default=None, ge=0, le=1)
+    anchor: float = Field(default=1.0, ge=0, le=1)
+    refine: RefineRecipe = RefineRecipe()
     kv_cache: KVCacheRecipe | None = None
     calibration: CalibrationRecipe = CalibrationRecipe()
     targets: tuple[str, ...] | None = None
@@ -140,7 +227,44 @@ class CompressionRecipe(_Frozen):
                 f"settings of allocation 'swift' are given, but allocation is '{self.allocation}'; "
                 "say --allocation swift too"
             )
+        if self.method != AASVD.name and self.anchor != 1:
+            raise RecipeError(f"an anchor is given, but {self.method} has none; 'aa-svd' has")
+        if self.order == "one-shot" and (self.refines or self.within_block == "greedy"):
+            what = "refinement" if self.refines else "--within-block greedy"
+            raise RecipeError(f"{what} takes the blocks one after the other: --order sequential")
         return self
+
+    @property
+    def refines(self) -> bool:
+        """Whether blocks are trained."""
+        return self.refine.preset != "off"
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether blocks are taken one after the other."""
+        if self.order is not None:
+            return self.order == "sequential"
+        shifts = "shifted" in self.make_method().needs
+        return shifts or self.refines or self.within_block == "greedy"
+
+    def make_method(self) -> Method:
+        """Make the method, with its settings."""
+        if self.method == AASVD.name:
+            return AASVD(self.anchor)
+        return method_by_name(self.method)
+
+    def for_profile(self) -> "CompressionRecipe":
+        """The recipe of a profile that ranks can be taken from: by a method of one pass.
+
+        This one's method if that looks at the original activations only, and 'swift-svd' otherwise.
+        """
+        if self.make_method().needs == {"original"}:
+            return self
+        return self.model_copy(update={"method": "swift-svd", "anchor": 1.0, "ridge": None})
+
+    def relative_ridge(self) -> float:
+        """Share of the mean diagonal that is added to the moments."""
+        return self.make_method().default_ridge if self.ridge is None else self.ridge
 
     @classmethod
     def from_dict(cls, values: Any, where: str = "recipe") -> "CompressionRecipe":

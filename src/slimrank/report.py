@@ -56,7 +56,9 @@ class SizeReport(_Frozen):
 
 
 class LinearReport(_Frozen):
-    """One linear. Losses are shares of the energy of its outputs (of its weight, for `svd`).
+    """One linear. Losses are those of the method's objective, its ridge included.
+
+    They are shares of the energy of the target: of the outputs, or of the weight for `svd`.
 
     Parameters
     ----------
@@ -207,6 +209,93 @@ class AllocationReport(_Frozen):
     seconds: float = 0.0
 
 
+class BlockError(_Frozen):
+    """How far a compressed block's output is from the original block's, over tokens.
+
+    Parameters
+    ----------
+    relative_error : float
+        ``E ‖y − y'‖² / E ‖y‖²``; the original block runs on the original stream, the compressed
+        one on the shifted stream.
+    cosine_distance : float
+        Mean of ``1 − cos(y, y')``: unlike the error it counts large tokens no more than others.
+    """
+
+    relative_error: float
+    cosine_distance: float
+
+
+class RefinementEpoch(_Frozen):
+    """One pass of a refinement over the calibration sequences.
+
+    Parameters
+    ----------
+    loss : float
+        Mean squared error over its steps, as a share of the target's variance.
+    held_out_loss : float or None
+        The same on the held-out sequences at its end.
+    seconds : float
+        From the start of the refinement.
+    """
+
+    loss: float
+    held_out_loss: float | None
+    seconds: float
+
+
+class RefinementReport(_Frozen):
+    """How a block was trained.
+
+    Parameters
+    ----------
+    start_loss : float
+        Before the first step, on the calibration sequences, as a share of the target's variance.
+    start_held_out_loss : float or None
+    epochs : tuple of RefinementEpoch
+        Those that ran.
+    kept_epoch : int
+        After how many epochs the parameters are those that were kept; 0 is the start.
+    trained_params : int
+    seconds : float
+    """
+
+    start_loss: float
+    start_held_out_loss: float | None
+    epochs: tuple[RefinementEpoch, ...]
+    kept_epoch: int
+    trained_params: int
+    seconds: float
+
+
+class BlockReport(_Frozen):
+    """One block of a sequential run.
+
+    Parameters
+    ----------
+    index : int
+    name : str
+    calibration, held_out : BlockError
+        At the end. The held-out one is None if no text was held out.
+    unrefined_calibration, unrefined_held_out : BlockError or None
+        Before the refinement; None without one.
+    refinement : RefinementReport or None
+    seconds : dict of str to float
+        Of each phase.
+    peak_bytes : int
+        Largest resident memory of the process so far.
+    """
+
+    index: int
+    name: str
+    calibration: BlockError
+    held_out: BlockError | None
+    unrefined_calibration: BlockError | None = None
+    unrefined_held_out: BlockError | None = None
+    refinement: RefinementReport | None = None
+    seconds: dict[str, float]
+    peak_bytes: int
+
+
 class CompressionReport(_Frozen):
     """The whole run.
 
@@ -222,6 +311,8 @@ class CompressionReport(_Frozen):
     size : SizeReport
     linears : tuple of LinearReport
         In call order.
+    blocks : tuple of BlockReport
+        Of a sequential run; empty otherwise.
     allocation : AllocationReport or None
         None for uniform ranks.
     kv_cache : KVCacheReport or None
@@ -242,6 +333,7 @@ class CompressionReport(_Frozen):
     tokens: int
     size: SizeReport
     linears: tuple[LinearReport, ...]
+    blocks: tuple[BlockReport, ...] = ()
     allocation: AllocationReport | None = None
     kv_cache: KVCacheReport | None = None
     seconds: dict[str, float]

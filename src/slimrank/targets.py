@@ -106,12 +106,15 @@ class Work:
 
     @contextmanager
     def put_back_on_error(self, model: nn.Module) -> Iterator[None]:
-        """Leave a user's model as it was if a run fails half-way."""
+        """Leave a user's model as it was if a run fails half-way: linears, norms and biases."""
         linears = {name: model.get_submodule(name) for name in self.names} | self.fused
+        vectors = [(p, p.detach().clone()) for p in model.parameters() if p.ndim == 1]
         try:
             yield
         except BaseException:
             _put_back(model, linears)
+            for parameter, values in vectors:
+                parameter.data = values
             raise
 
 

@@ -282,6 +282,48 @@ def test_interrupt_in_the_middle(model, text, tmp_path, number):
     assert left_in(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--order", "both"], "recipe: order: "),
+        (["--anchor", 0.5], "an anchor is given, but swift-svd has none"),
+        (["--method", "aa-svd", "--anchor", 1.5], "recipe: anchor: "),
+        (["--ridge", 2], "recipe: ridge: "),
+        (["--ridge=-1"], "recipe: ridge: "),
+        (["--refine", "slow"], "recipe: refine.preset: "),
+        (["--within-block", "swift"], "recipe: within_block: "),
+        (["--order", "one-shot", "--refine", "fast"], "refinement takes the blocks one after"),
+        (["--order", "one-shot", "--within-block", "greedy"], "--within-block greedy takes"),
+        (["--resume"], "only a sequential run that writes a folder can be resumed"),
+        (["--method", "aa-svd", "--order", "one-shot", "--resume"], "only a sequential run"),
+    ],
+)
+def test_settings_of_a_sequential_run(model, tmp_path, flags, said):
+    before = left_in(tmp_path)
+    assert said in fails("compress", model, tmp_path / "out", "--keep", 0.8, *flags)
+    assert left_in(tmp_path) == before
+
+
+def test_a_run_that_was_cut_off(model, text, tmp_path, monkeypatch):
+    """It is neither written over nor gone on with by another recipe, and told by one line."""
+    out = tmp_path / "out"
+    run = ["compress", model, out, "--calibration", text, *SMALL, "--method", "aa-svd"]
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        assert "No space left" in fails(*run, "--keep", 0.8)
+    assert left_in(tmp_path) == {"model", "text.txt", ".out.unfinished"}
+    assert "go on with --resume, or delete it" in fails(*run, "--keep", 0.8)
+    line = fails(*run, "--keep", 0.7, "--resume")
+    assert "begun with another recipe; give what it was begun with, or delete it" in line
+    assert runner.invoke(app, [str(a) for a in [*run, "--keep", 0.8, "--resume"]]).exit_code == 0
+    assert left_in(tmp_path) == {"model", "text.txt", "out"}
+
+
 def test_usage_errors_exit_with_2(model):
+    assert runner.invoke(app, ["compress", str(model), "o", "--memory", "-1"]).exit_code == 2
     assert runner.invoke(app, ["compress", str(model)]).exit_code == 2
     assert runner.invoke(app, ["plan", str(model), "--kep", "0.8"]).exit_code == 2

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import slimrank
 from slimrank.cli import app
 from slimrank.cli.options import build_recipe
+from slimrank.errors import RecipeError
 from slimrank.recipe import CompressionRecipe
 
 runner = CliRunner()
@@ -118,6 +119,67 @@ def test_the_recipe_of_a_folder_makes_it_again(dense_folder, compressed, tmp_pat
     run("compress", dense_folder, again, "--recipe", compressed / "recipe.yaml")
     one, two = (p / "model.safetensors" for p in (compressed, again))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_flags_of_a_sequential_run_and_yaml_build_the_same_recipe(
+    dense_folder, text, tmp_path, monkeypatch
+):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "method: aa-svd\nbudget: {param_ratio: 0.6}\norder: sequential\nanchor: 0.5\nridge: 0.0\n"
+        "within_block: greedy\nrefine: fast\n"
+        f"calibration: {{source: [{text}], num_sequences: 4, sequence_length: 32}}\n"
+    )
+    asked = []
+
+    def compress(model, recipe, **others):
+        asked.append((recipe, others["options"].memory, others["resume"]))
+        raise RecipeError("seen")
+
+    monkeypatch.setattr("slimrank.cli.compress.compress", compress)
+    flags = ["--keep", 0.6, "--method", "aa-svd", "--order", "sequential", "--anchor", 0.5]
+    flags += ["--ridge", 0.0, "--within-block", "greedy", "--refine", "fast"]
+    flags += ["--calibration", text, *SMALL]
+    for arguments in (flags, ["--recipe", path], [*flags, "--memory", 0.5, "--resume"]):
+        command = ["compress", dense_folder, tmp_path / "out", *arguments]
+        assert runner.invoke(app, [str(a) for a in command]).exit_code == 1
+    (one, *how), (two, *same), (three, *limited) = asked
+    assert one == two == three == CompressionRecipe.from_file(path)
+    assert how == same == [None, False]
+    assert limited == [500_000_000, True]
+
+
+def test_a_flag_changes_the_refinement_of_a_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("budget: {param_ratio: 0.5}\nrefine: {preset: paper, epochs: 3}\n")
+    assert (
+        build_recipe(path, refine__preset="fast").refine.model_dump().items()
+        >= {
+            "preset": "fast",
+            "epochs": 3,
+            "batch_sequences": 8,
+        }.items()
+    )
+
+
+def test_a_sequential_run_prints_its_blocks(dense_folder, text, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--keep", 0.6, "--method", "aa-svd", "--refine", "fast", "--calibration", text]
+    arguments += ["--held-out-sequences", 2, *SMALL, "--resume"]
+    printed = run("compress", dense_folder, out, *arguments)
+    report = slimrank.CompressionReport.model_validate_json((out / "report.json").read_text())
+    assert "aa-svd: mean relative output error (squared)" in printed
+    assert "error of each block's output on held-out text" in printed
+    for block in report.blocks:
+        cells = [
+            str(block.index),
+            f"{block.unrefined_held_out.relative_error:.4f}",
+            f"{block.held_out.relative_error:.4f}",
+            f"{block.held_out.cosine_distance:.4f}",
+            str(block.refinement.kept_epoch),
+        ]
+        assert any(line.split()[:5] == cells for line in printed.splitlines())
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
 
 
 def test_svd_needs_no_text(dense_folder, tmp_path):

@@ -248,6 +248,29 @@ def test_values_out_of_range(dense_folder, tmp_path, flag, value, key):
 def test_a_method_that_needs_no_profile(dense_folder, tmp_path):
     line = fails("profile", dense_folder, tmp_path / "out", "--method", "svd")
     assert "svd looks at no activations" in line
+    line = fails("profile", dense_folder, tmp_path / "out", "--recipe", anchored(tmp_path))
+    assert "aa-svd looks at what arrives in the compressed model" in line
+    assert "a profile by swift-svd serves it" in line
+
+
+def anchored(folder: Path) -> Path:
+    path = folder / "anchored.yaml"
+    path.write_text("method: aa-svd\nbudget: {param_ratio: 0.5}\n")
+    return path
+
+
+def test_an_anchored_method_takes_its_ranks_from_a_profile(dense_folder, folder, tmp_path):
+    flags = ["--keep", 0.7, "--profile", folder, "--allocation", "swift"]
+    flags += ["--importance-weight", 0.4, "--json"]
+    one, other = (
+        slimrank.CompressionReport.from_json(
+            run("compress", dense_folder, tmp_path / method, *flags, "--method", method), "stdout"
+        )
+        for method in ("swift-svd", "aa-svd")
+    )
+    assert [x.rank for x in one.linears] == [x.rank for x in other.linears]
+    assert other.recipe.calibration == one.recipe.calibration
+    assert len(other.blocks) == 2
 
 
 def test_weights_that_are_not_finite(make_model, tiny_tokenizer, text, tmp_path):

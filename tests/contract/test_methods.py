@@ -1,13 +1,14 @@
 """What every method promises. A new one in the registry is held to it without a line written."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from slimrank.errors import NumericalError, NumericalWarning, RecipeError
-from slimrank.linalg import Moments, output_loss
+from slimrank.linalg import Decomposition, Factors, Moments
 from slimrank.methods import METHODS, Method, method_by_name
 from tolerances import TOLERANCE
 
@@ -21,6 +22,7 @@ SHAPES = {
     "single row": (1, 7),
     "single column": (7, 1),
 }
+STREAMS = {"original", "shifted"}
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -28,13 +30,36 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.
     return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 
 
-def moments_of(tokens: torch.Tensor) -> Moments:
-    return Moments(original=tokens.mT @ tokens / len(tokens), tokens=len(tokens))
+def moments_of(x: torch.Tensor, z: torch.Tensor) -> Moments:
+    """Moments of tokens of the original and the shifted stream, by their definition."""
+    original = x.mT @ x / len(x)
+    if torch.equal(x, z):
+        return Moments(original, len(x))
+    return Moments(original, len(x), shifted=z.mT @ z / len(z), drift=(x - z).mT @ z / len(z))
 
 
-def own_moment(method: Method, moments: Moments) -> torch.Tensor | None:
-    """The moment that a method's loss is under."""
-    return moments.original if method.needs_moments else None
+def shifted_from(x: torch.Tensor) -> torch.Tensor:
+    """What errors upstream make of the tokens: turned, shrunk, and with noise of their own."""
+    features = x.shape[1]
+    return 0.7 * x + 0.3 * x @ normal(8, features, features) / features + normal(9, *x.shape)
+
+
+def measured_loss(method: Method, weight: torch.Tensor, dense: torch.Tensor, streams) -> float:
+    """The objective that goes with what a method looks at, token by token."""
+    if not method.needs:
+        return float((weight - dense).square().sum())
+    x, z = streams
+    wanted = x if "original" in method.needs else z
+    given = z if "shifted" in method.needs else x
+    return float((wanted @ weight.mT - given @ dense.mT).square().sum(dim=1).mean())
+
+
+def best_map(method: Method, weight: torch.Tensor, streams) -> torch.Tensor:
+    """The map that a method would choose if the rank were free."""
+    x, z = streams
+    if method.needs < STREAMS:
+        return weight
+    return torch.linalg.lstsq(z, x @ weight.mT).solution.mT
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -52,16 +77,40 @@ def weight(shape) -> torch.Tensor:
     return normal(1, *shape)
 
 
+@pytest.fixture(params=["equal", "shifted"])
+def streams(request, shape) -> tuple[torch.Tensor, torch.Tensor]:
+    x = normal(2, 40, shape[1]) * (1 + torch.arange(shape[1]))
+    return x, x if request.param == "equal" else shifted_from(x)
+
+
 @pytest.fixture
-def moments(shape) -> Moments:
-    return moments_of(normal(2, 40, shape[1]) * (1 + torch.arange(shape[1])))
+def moments(streams) -> Moments:
+    return moments_of(*streams)
+
+
+@pytest.fixture
+def solved(method, weight, moments) -> Decomposition:
+    return method.decompose(weight, moments)
+
+
+def test_there_are_five_and_each_objective_of_the_literature_among_them():
+    assert {frozenset(kind.needs) for kind in METHODS.values()} == {
+        frozenset(),
+        frozenset({"original"}),
+        frozenset({"shifted"}),
+        frozenset(STREAMS),
+    }
+    assert len(METHODS) == 5
 
 
 def test_it_says_what_it_is(method):
     kind = type(method)
     assert isinstance(method, Method)
     assert METHODS[kind.name] is kind
-    assert isinstance(kind.needs_moments, bool)
+    assert isinstance(kind.needs, frozenset)
+    assert kind.needs <= STREAMS
+    assert isinstance(kind.default_ridge, float)
+    assert 0 <= kind.default_ridge < 1
     for text in (kind.name, kind.paper, kind.objective, kind.__doc__):
         assert isinstance(text, str)
         assert text.strip()
@@ -69,62 +118,87 @@ def test_it_says_what_it_is(method):
     assert " " not in kind.name
 
 
-def test_full_rank_is_exact(method, weight, moments):
-    solved = method.decompose(weight, moments)
+def test_full_rank_is_the_best_map(method, weight, streams, solved):
+    """The weight itself, or, for outputs of other inputs, least squares on the tokens."""
     rank = min(weight.shape)
+    expected = best_map(method, weight, streams)
+    size = float(expected.norm())
     dense = solved.truncate(rank).dense()
-    torch.testing.assert_close(dense, weight, rtol=0, atol=10 * LINALG)
-    assert solved.loss(rank) <= LOSS * solved.energy
+    torch.testing.assert_close(dense, expected, rtol=0, atol=10 * LINALG * max(size, 1))
+    floor = measured_loss(method, weight, expected, streams)
+    assert solved.loss(rank) == pytest.approx(floor, abs=LOSS * solved.energy)
+    assert solved.floor == pytest.approx(floor, abs=LOSS * solved.energy)
 
 
-def test_losses_are_those_of_the_factors(method, weight, moments):
-    solved = method.decompose(weight, moments)
-    moment = own_moment(method, moments)
+def test_only_the_outputs_of_other_inputs_leave_a_floor(method, streams, solved):
+    x, z = streams
+    if torch.equal(x, z) or method.needs < STREAMS:
+        assert solved.floor == 0.0
+    else:
+        assert solved.floor > 1e-3 * solved.energy
+
+
+def test_losses_are_those_of_the_factors(method, weight, streams, moments, solved):
     for rank in range(min(weight.shape) + 1):
         factors = solved.truncate(rank)
         assert factors.left.shape == (weight.shape[0], rank)
         assert factors.right.shape == (rank, weight.shape[1])
-        found = output_loss(weight, factors, moment)
-        assert found == pytest.approx(solved.loss(rank), abs=LOSS * solved.energy)
+        told = method.loss(weight, factors, moments)
+        measured = measured_loss(method, weight, factors.dense(), streams)
+        assert told == pytest.approx(solved.loss(rank), abs=LOSS * solved.energy)
+        assert measured == pytest.approx(solved.loss(rank), abs=LOSS * solved.energy)
 
 
-def test_the_ends_of_the_loss(method, weight, moments):
-    solved = method.decompose(weight, moments)
+def test_the_loss_of_any_factors_is_the_loss_on_the_tokens(method, weight, streams, moments):
+    for rank in (1, min(weight.shape)):
+        factors = Factors(normal(5, weight.shape[0], rank), normal(6, rank, weight.shape[1]))
+        measured = measured_loss(method, weight, factors.dense(), streams)
+        assert method.loss(weight, factors, moments) == pytest.approx(measured, rel=LOSS)
+
+
+def test_the_ends_of_the_loss(method, weight, streams, solved):
     assert solved.loss(0) == pytest.approx(solved.energy, rel=LOSS)
+    nothing = measured_loss(method, weight, torch.zeros_like(weight), streams)
+    assert solved.energy == pytest.approx(nothing, rel=LOSS)
     assert solved.energy > 0
-    assert 0 <= solved.loss(min(weight.shape)) <= LOSS * solved.energy
     losses = [solved.loss(rank) for rank in range(min(weight.shape) + 1)]
+    assert 0 <= losses[-1] <= solved.floor + LOSS * solved.energy
     assert losses == sorted(losses, reverse=True)
 
 
-def test_no_random_competitor_of_the_rank_does_better(method, weight, moments):
-    solved = method.decompose(weight, moments)
-    moment = own_moment(method, moments)
+def test_no_random_competitor_of_the_rank_does_better(method, weight, streams, moments, solved):
+    slack = LOSS * solved.energy
     for rank in range(1, min(weight.shape) + 1):
         factors = solved.truncate(rank)
         for seed in range(5):
-            moved = type(factors)(
-                factors.left + 0.01 * normal(seed, *factors.left.shape),
-                factors.right + 0.01 * normal(seed + 50, *factors.right.shape),
-            )
-            slack = LOSS * solved.energy
-            assert output_loss(weight, moved, moment) >= solved.loss(rank) - slack
+            for size in (0.01, 1.0):
+                moved = Factors(
+                    factors.left + size * normal(seed, *factors.left.shape),
+                    factors.right + size * normal(seed + 50, *factors.right.shape),
+                )
+                assert method.loss(weight, moved, moments) >= solved.loss(rank) - slack
+            columns = torch.linalg.qr(normal(seed + 100, weight.shape[0], rank)).Q
+            target = best_map(method, weight, streams)  # the best of its random column space
+            found = measured_loss(method, weight, columns @ (columns.mT @ target), streams)
+            assert found >= solved.loss(rank) - slack
 
 
 def test_inputs_are_not_changed(method, weight, moments):
-    kept_weight, kept_moment = weight.clone(), moments.original.clone()
-    method.decompose(weight, moments).truncate(1)
-    assert torch.equal(weight, kept_weight)
-    assert torch.equal(moments.original, kept_moment)
+    tensors = (weight, moments.original, moments.shifted, moments.drift)
+    given = [tensor for tensor in tensors if tensor is not None]
+    kept = [tensor.clone() for tensor in given]
+    factors = method.decompose(weight, moments).truncate(1)
+    method.loss(weight, factors, moments)
+    for tensor, before in zip(given, kept, strict=True):
+        assert torch.equal(tensor, before)
 
 
-def test_the_same_bits_twice(method, weight, moments):
-    first = method.decompose(weight, moments)
+def test_the_same_bits_twice(method, weight, moments, solved):
     second = method_by_name(method.name).decompose(weight.clone(), moments)
-    assert torch.equal(first.basis, second.basis)
-    assert torch.equal(first.singular_values, second.singular_values)
-    assert torch.equal(first.truncate(1).right, second.truncate(1).right)
-    assert first.jitter == second.jitter
+    assert torch.equal(solved.basis, second.basis)
+    assert torch.equal(solved.singular_values, second.singular_values)
+    assert torch.equal(solved.truncate(1).right, second.truncate(1).right)
+    assert (solved.jitter, solved.floor) == (second.jitter, second.floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -137,6 +211,9 @@ def test_a_low_precision_weight_is_solved_in_float64(method, weight, moments, dt
     exact = method.decompose(low.detach().double(), moments)
     assert torch.equal(solved.singular_values, exact.singular_values)
     assert torch.equal(solved.basis, exact.basis)
+    assert solved.floor == exact.floor
+    factors = solved.truncate(1)
+    assert method.loss(low, factors, moments) == method.loss(low.double(), factors, moments)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -146,30 +223,63 @@ def test_a_weight_that_is_not_finite_is_refused(method, weight, moments, value):
         method.decompose(weight, moments)
 
 
-def test_a_singular_moment_is_survived(method, weight):
-    tokens = normal(3, 2, weight.shape[1])
-    moments = moments_of(tokens)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("field", ["original", "shifted", "drift"])
+def test_a_moment_that_is_not_finite_is_refused_or_not_looked_at(method, weight, field, value):
+    x = normal(2, 40, weight.shape[1])
+    moments = moments_of(x, shifted_from(x))
+    bad = getattr(moments, field).clone()
+    bad[0, 0] = value
+    spoilt = replace(moments, **{field: bad})
+    looked_at = STREAMS | {"drift"} if method.needs == STREAMS else method.needs
+    if field in looked_at:
+        named = "drift" if field == "drift" else "second moment"
+        with pytest.raises(NumericalError, match=f"the {named}.* holds 1 entries"):
+            method.decompose(weight, spoilt)
+    else:
+        found, clean = method.decompose(weight, spoilt), method.decompose(weight, moments)
+        assert torch.equal(found.basis, clean.basis)
+        assert torch.equal(found.singular_values, clean.singular_values)
+        factors = clean.truncate(1)
+        assert method.loss(weight, factors, spoilt) == method.loss(weight, factors, moments)
+
+
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_a_singular_moment_is_survived(method, weight, is_shifted):
+    """Two tokens: their outputs are reproduced, and the weight says the rest."""
+    x = normal(3, 2, weight.shape[1])
+    streams = x, shifted_from(x) if is_shifted else x
+    moments = moments_of(*streams)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumericalWarning)
         solved = method.decompose(weight, moments)
-    assert bool(torch.isfinite(solved.basis).all())
-    assert bool(torch.isfinite(solved.singular_values).all())
+    for tensor in (solved.basis, solved.singular_values, solved.target):
+        assert bool(torch.isfinite(tensor).all())
     side = min(weight.shape)
-    torch.testing.assert_close(solved.truncate(side).dense(), weight, rtol=0, atol=10 * LINALG)
-    moment = own_moment(method, moments)
+    dense = solved.truncate(side).dense()
+    torch.testing.assert_close(dense, solved.target, rtol=0, atol=10 * LINALG)
+    if method.needs < STREAMS or not is_shifted:
+        torch.testing.assert_close(dense, weight, rtol=0, atol=10 * LINALG)
     # a jitter is part of the problem then, and no more than a millionth of the mean diagonal
     allowed = LOSS * solved.energy + solved.jitter * float(weight.square().sum())
     for rank in range(side + 1):
-        found = output_loss(weight, solved.truncate(rank), moment)
-        assert abs(found - solved.loss(rank)) <= allowed
+        factors = solved.truncate(rank)
+        assert abs(method.loss(weight, factors, moments) - solved.loss(rank)) <= allowed
+        measured = measured_loss(method, weight, factors.dense(), streams)
+        assert abs(measured - solved.loss(rank)) <= allowed
 
 
-def test_moments_that_are_needed_are_asked_for(method, weight):
-    if method.needs_moments:
-        with pytest.raises(ValueError, match=f"{method.name} needs moments"):
-            method.decompose(weight, None)
-    else:
+def test_moments_that_are_needed_are_asked_for(method, weight, moments):
+    factors = method.decompose(weight, moments).truncate(1)
+    if not method.needs:
         assert method.decompose(weight, None).energy > 0
+        assert method.loss(weight, factors, None) == method.loss(weight, factors, moments)
+        return
+    for missing in (None, Moments(None, 0)):
+        with pytest.raises(ValueError, match=f"{method.name} needs moments"):
+            method.decompose(weight, missing)
+        with pytest.raises(ValueError, match=f"{method.name} needs moments"):
+            method.loss(weight, factors, missing)
 
 
 def test_a_near_miss_of_the_name_is_told(method):

@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -587,3 +588,77 @@ def test_shortened_keeps_the_first_columns(columns, dtype):
     for ask in (short.truncate, short.loss):
         with pytest.raises(ValueError, match=rf"rank {columns + 1} is not within 0 and {columns}"):
             ask(columns + 1)
+
+
+# the floor, and the balanced split
+
+
+@pytest.mark.parametrize("floor", [0.0, 2.5])
+def test_a_floor_is_part_of_every_loss(floor):
+    moment = second_moment(activations(1, 40, 5))
+    plain = decompose_outputs(normal(1, 6, 5), moment)
+    raised = replace(plain, floor=floor)
+    for rank in range(6):
+        assert raised.loss(rank) == pytest.approx(floor + plain.loss(rank), rel=1e-14)
+    assert raised.energy == pytest.approx(floor + plain.energy, rel=1e-14)
+    assert raised.loss(0) == pytest.approx(raised.energy, rel=1e-12)
+    assert raised.loss(5) == floor
+    assert raised.shortened(2, torch.float32).loss(2) == raised.loss(2)
+    assert torch.equal(raised.measured_losses(moment), plain.measured_losses(moment))
+
+
+@given(out=SIDES, inner=SIDES, tokens=st.integers(1, 20), seed=SEEDS)
+@relaxed
+def test_both_splits_have_the_same_product(out, inner, tokens, seed):
+    weight = normal(seed, out, inner)
+    solved = decompose_outputs(weight, second_moment(activations(seed + 1, tokens, inner)), tokens)
+    for rank in range(min(out, inner) + 1):
+        plain, balanced = solved.truncate(rank), solved.truncate(rank, split="balanced")
+        assert balanced.left.shape == (out, rank)
+        assert balanced.right.shape == (rank, inner)
+        for tensor in (balanced.left, balanced.right):
+            assert bool(torch.isfinite(tensor).all())
+        bound = 10 * LINALG * float(weight.norm())
+        torch.testing.assert_close(balanced.dense(), plain.dense(), rtol=0, atol=bound)
+
+
+@given(out=SIDES, inner=SIDES, seed=SEEDS)
+@relaxed
+def test_a_balanced_split_gives_each_factor_the_root_of_the_singular_values(out, inner, seed):
+    """Columns of the left factor by their norm, rows of the right one by what they carry."""
+    weight, moment = normal(seed, out, inner), well_conditioned(seed + 1, inner)
+    solved = decompose_outputs(weight, moment)
+    assume(has_gap(solved, min(out, inner)))
+    factors = solved.truncate(min(out, inner), split="balanced")
+    root = solved.singular_values.sqrt()
+    torch.testing.assert_close(factors.left.norm(dim=0), root, rtol=1e-10, atol=0)
+    carried = ((factors.right @ moment) * factors.right).sum(dim=1).sqrt()
+    torch.testing.assert_close(carried, root, rtol=1e-6, atol=0)
+    gram = factors.left.mT @ factors.left
+    bound = 100 * LINALG * float(root.max()) ** 2
+    torch.testing.assert_close(gram, torch.diag(root.square()), rtol=0, atol=bound)
+
+
+def test_a_balanced_split_by_hand():
+    weight = torch.diag(torch.tensor([9.0, 4.0]).double())
+    factors = decompose_outputs(weight).truncate(2, split="balanced")
+    assert factors.left.tolist() == [[3.0, 0.0], [0.0, 2.0]]
+    assert factors.right.tolist() == [[3.0, 0.0], [0.0, 2.0]]
+
+
+def test_singular_values_of_zero_leave_a_balanced_split_finite():
+    """One token of two known directions, a dead row, and no weight at all."""
+    weight = normal(1, 4, 5)
+    weight[3] = 0
+    few = decompose_outputs(weight, second_moment(normal(2, 1, 5)), tokens=1)
+    none = decompose_outputs(torch.zeros_like(weight), torch.eye(5, dtype=torch.float64))
+    silent = decompose_outputs(weight, torch.zeros(5, 5, dtype=torch.float64))
+    for solved in (few, none, silent):
+        factors = solved.truncate(4, split="balanced")
+        for tensor in (factors.left, factors.right):
+            assert bool(torch.isfinite(tensor).all())
+            assert bool(torch.isfinite(tensor.float()).all())
+        torch.testing.assert_close(factors.dense(), solved.target, rtol=0, atol=10 * LINALG)
+    share = few.truncate(4, split="balanced").left.norm(dim=0)
+    expected = (1e-6 * float(few.singular_values[0])) ** 0.5
+    assert share[1:].tolist() == pytest.approx([expected] * 3, rel=1e-9)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -288,3 +290,76 @@ def test_a_result_is_a_snapshot():
 
 def test_num_bytes_is_one_float64_matrix_and_little_more():
     assert 8 * 100**2 <= MomentAccumulator(100).num_bytes <= 8.5 * 100**2
+
+
+# of two streams, and with a ridge
+
+
+def streams_of(seed: int, tokens: int, width: int) -> Moments:
+    x, z = normal(seed, tokens, width), 2 * normal(seed + 1, tokens, width)
+    return Moments(
+        original=reference(x), tokens=tokens, shifted=reference(z), drift=(x - z).mT @ z / tokens
+    )
+
+
+def test_what_arrives_is_shifted_if_anything_has():
+    moments = streams_of(1, 9, 3)
+    assert moments.arriving is moments.shifted
+    assert replace(moments, shifted=None, drift=None).arriving is moments.original
+    assert replace(moments, original=None).arriving is moments.shifted
+    assert Moments(None, 4).arriving is None
+
+
+@given(width=WIDTHS, tokens=st.integers(1, 20), seed=SEEDS, relative=st.floats(1e-6, 10))
+@relaxed
+def test_a_ridge_is_the_same_rows_more_in_both_streams(width, tokens, seed, relative):
+    """Rows ``√λ I`` under both: no drift in them, so the drift stays; the mean is of the tokens."""
+    x, z = normal(seed, tokens, width), 2 * normal(seed + 1, tokens, width)
+    found = streams_of(seed, tokens, width).ridged(relative)
+    size = relative * float((z.mT @ z / tokens).diagonal().mean())
+    rows = (size * tokens) ** 0.5 * torch.eye(width, dtype=torch.float64)
+    longer_x, longer_z = torch.cat([x, rows]), torch.cat([z, rows])
+    for moment, stream in ((found.original, longer_x), (found.shifted, longer_z)):
+        expected = stream.mT @ stream / tokens
+        torch.testing.assert_close(moment, expected, rtol=0, atol=1e-12 * float(expected.norm()))
+    drift = (longer_x - longer_z).mT @ longer_z / tokens
+    torch.testing.assert_close(found.drift, drift, rtol=0, atol=1e-12 * float(drift.norm()))
+    assert found.ridge == pytest.approx(size, rel=1e-12)
+    assert found.tokens == tokens
+
+
+def test_a_ridge_changes_nothing_that_it_was_given():
+    moments = streams_of(2, 9, 3)
+    kept = [tensor.clone() for tensor in (moments.original, moments.shifted, moments.drift)]
+    found = replace(moments, output_energy=7.0).ridged(0.5)
+    assert found.output_energy == 7.0
+    assert found.drift is moments.drift
+    for tensor, before in zip(
+        (moments.original, moments.shifted, moments.drift), kept, strict=True
+    ):
+        assert torch.equal(tensor, before)
+
+
+def test_ridges_add_up():
+    twice = Moments(torch.diag(torch.tensor([3.0, 1.0])), 5).ridged(0.5).ridged(1.0)
+    assert twice.ridge == 4.0  # half of a mean of 2, then all of a mean of 3
+    assert twice.original.tolist() == [[7.0, 0.0], [0.0, 5.0]]
+
+
+def test_a_ridge_settles_what_too_few_tokens_leave_open():
+    moments = streams_of(3, 2, 5)
+    assert moments.known_tokens == 2
+    assert moments.ridged(0.01).known_tokens is None
+    assert float(torch.linalg.eigvalsh(moments.ridged(0.01).shifted).min()) > 0
+
+
+def test_no_ridge_and_nothing_to_add_it_to_are_left_as_they_are():
+    moments = streams_of(4, 9, 3)
+    assert moments.ridged(0.0) is moments
+    nothing = Moments(None, 4)
+    assert nothing.ridged(0.1) is nothing
+    one = replace(moments, original=None).ridged(0.1)
+    assert one.original is None
+    assert torch.equal(one.shifted, moments.ridged(0.1).shifted)
+    silent = Moments(torch.zeros(3, 3, dtype=torch.float64), 4).ridged(0.1)
+    assert silent.known_tokens == 4  # a share of nothing settles nothing

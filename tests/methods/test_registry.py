@@ -5,7 +5,7 @@ from slimrank.methods import METHODS, method_by_name
 
 
 def test_every_key_is_the_name_of_its_class():
-    assert {"svd", "svd-llm", "swift-svd"} <= set(METHODS)
+    assert list(METHODS) == ["svd", "svd-llm", "swift-svd", "shift-aware", "aa-svd"]
     for name, kind in METHODS.items():
         assert kind.name == name
         assert isinstance(method_by_name(name), kind)
@@ -18,7 +18,14 @@ def test_the_registry_cannot_be_written():
 
 @pytest.mark.parametrize(
     ("wrong", "near"),
-    [("swift_svd", "swift-svd"), ("swiftsvd", "swift-svd"), ("svdllm", "svd-llm"), ("sdv", "svd")],
+    [
+        ("swift_svd", "swift-svd"),
+        ("swiftsvd", "swift-svd"),
+        ("svdllm", "svd-llm"),
+        ("sdv", "svd"),
+        ("aasvd", "aa-svd"),
+        ("shift_aware", "shift-aware"),
+    ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, near):
     with pytest.raises(RecipeError, match=f"no method is called '{wrong}'; did you mean '{near}'"):

@@ -59,13 +59,13 @@ def embed_batches(
         If running block by block does not give what the model gives.
     """
     first = next(windows.batches(1))[:, :16]
-    _check_replay(model, anatomy, first)
+    check_replay(model, anatomy, first)
     batches: list[Batch] = []
     known: list[tuple[Call, ...]] = []
     *most, last = windows.batches(batch_size)
     for ids in (*most, *([last[:-1]] if len(last) > 1 else []), last[-1:]):
-        hidden, calls = _record(model, anatomy, ids)
-        same = next((old for old in known if _equal(old, calls)), None)
+        hidden, calls = record_calls(model, anatomy, ids)
+        same = next((old for old in known if equal_calls(old, calls)), None)
         if same is None:
             known.append(calls)
         batches.append(Batch(hidden, same or calls))
@@ -115,7 +115,24 @@ def after_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
     return states.cpu()
 
 
-def _record(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> tuple[Tensor, tuple[Call, ...]]:
+@torch.no_grad()
+def record_calls(
+    model: nn.Module, anatomy: Anatomy, ids: Tensor
+) -> tuple[Tensor, tuple[Call, ...]]:
+    """Hidden states in front of the first block, and what each block is called with beside them.
+
+    Parameters
+    ----------
+    model : nn.Module
+    anatomy : Anatomy
+    ids : Tensor of shape (batch, length)
+
+    Returns
+    -------
+    hidden : Tensor of shape (batch, length, hidden)
+        On the CPU.
+    calls : tuple of Call
+    """
     calls: list[Call] = []
     hidden: list[Tensor] = []
     device = next(model.parameters()).device
@@ -158,8 +175,15 @@ def _passing_through(
                 block.forward = forward
 
 
-def _check_replay(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> None:
-    """Compare the last block's output of the real model with that of the replay."""
+@torch.no_grad()
+def check_replay(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> None:
+    """Compare the last block's output of the real model with that of the replay.
+
+    Raises
+    ------
+    ModelError
+        If they differ: more than hidden states flows from block to block.
+    """
     blocks = _blocks(model, anatomy)
     seen: list[Any] = []
     handle = blocks[-1].register_forward_hook(lambda _m, _a, output: seen.append(output))
@@ -167,7 +191,7 @@ def _check_replay(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> None:
         _backbone(model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
     finally:
         handle.remove()
-    batch = Batch(*_record(model, anatomy, ids))
+    batch = Batch(*record_calls(model, anatomy, ids))
     if len(batch.calls) == len(blocks) and seen:
         expected = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
         for index, block in enumerate(blocks):
@@ -192,12 +216,12 @@ def _backbone(model: nn.Module) -> nn.Module:
     return backbone
 
 
-def _equal(left: Any, right: Any) -> bool:
-    """Compare nested arguments, tensors by value."""
+def equal_calls(left: Any, right: Any) -> bool:
+    """Compare nested arguments of blocks, tensors by value."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left is right or (left.shape == right.shape and torch.equal(left, right))
     if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
-        return len(left) == len(right) and all(map(_equal, left, right))
+        return len(left) == len(right) and all(map(equal_calls, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
+        return left.keys() == right.keys() and all(equal_calls(left[k], right[k]) for k in left)
     return left is right or (type(left) is type(right) and bool(left == right))

@@ -19,10 +19,19 @@ from slimrank.checkpoint.size import (
     safetensors_bytes,
     weight_file_bytes,
 )
+from slimrank.checkpoint.state import (
+    FinishedBlock,
+    RunManifest,
+    RunState,
+    has_run,
+    require_no_run,
+    state_folder,
+)
 
 __all__ = [
     "LOAD_ERRORS",
     "QUANT_METHOD",
+    "FinishedBlock",
     "FolderContents",
     "LowRankConfig",
     "LowRankLinearConfig",
@@ -30,7 +39,10 @@ __all__ = [
     "Profile",
     "ProfileManifest",
     "ProfiledLinear",
+    "RunManifest",
+    "RunState",
     "folder_bytes",
+    "has_run",
     "load",
     "mark_compressed",
     "read_folder",
@@ -39,9 +51,11 @@ __all__ = [
     "read_report",
     "register",
     "renamed_when_done",
+    "require_no_run",
     "require_space",
     "require_writable",
     "safetensors_bytes",
+    "state_folder",
     "weight_file_bytes",
     "write_folder",
 ]

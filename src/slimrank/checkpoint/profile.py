@@ -70,6 +70,8 @@ class ProfileManifest(_Frozen):
     model : str
     model_fingerprint : str
         SHA-256 over names, dtypes and values of all parameters.
+    ridge : float
+        Share of the mean diagonal that was added to the moments.
     method, dtype : str
     for_kv_cache : bool
         Whether it holds what a key/value cache of latents may ask for: the whole bases of keys and
@@ -94,6 +96,7 @@ class ProfileManifest(_Frozen):
     model: str
     model_fingerprint: str
     method: str
+    ridge: float = 0.0
     dtype: str
     for_kv_cache: bool
     calibration: CalibrationRecipe

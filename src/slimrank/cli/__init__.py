@@ -5,6 +5,7 @@ import typer
 from slimrank.cli.analyze import analyze_command
 from slimrank.cli.compress import compress_command
 from slimrank.cli.demo import demo_command
+from slimrank.cli.depth import depth_command
 from slimrank.cli.evaluate import evaluate_command
 from slimrank.cli.inspect import inspect_command
 from slimrank.cli.output import version_option
@@ -24,6 +25,7 @@ app.command("compress")(compress_command)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("analyze")(analyze_command)
+app.command("depth")(depth_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
 app.command("demo")(demo_command)

@@ -24,6 +24,11 @@ def compress_command(
     importance_weight: opt.ImportanceWeight = None,
     retained_share: opt.RetainedShare = None,
     importance_after_norm: opt.ImportanceAfterNorm = None,
+    within_block: opt.WithinBlock = None,
+    order: opt.Order = None,
+    anchor: opt.Anchor = None,
+    ridge: opt.Ridge = None,
+    refine: opt.Refine = None,
     kv_keep: opt.KVKeep = None,
     profile: opt.ProfileFolder = None,
     calibration: opt.Calibration = None,
@@ -36,6 +41,8 @@ def compress_command(
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     batch_size: opt.BatchSize = None,
+    memory: opt.Memory = None,
+    resume: opt.Resume = False,
     recipe: opt.Recipe = None,
     json: opt.Json = False,
 ) -> None:
@@ -50,6 +57,11 @@ def compress_command(
         swift__importance_weight=importance_weight,
         swift__retained_share=retained_share,
         swift__importance_after_norm=importance_after_norm,
+        within_block=within_block,
+        order=order,
+        anchor=anchor,
+        ridge=ridge,
+        refine__preset=refine,
         kv_cache__keep=kv_keep,
         calibration__source=calibration,
         calibration__num_sequences=num_sequences,
@@ -60,13 +72,15 @@ def compress_command(
         ignore=ignore,
         dtype=dtype,
     )
-    how = CompressionOptions(device=device, batch_size=batch_size, track=track)
-    report = compress(model, wanted, out=out, profile=profile, options=how)
+    limit = None if memory is None else int(memory * 1e9)
+    how = CompressionOptions(device=device, batch_size=batch_size, memory=limit, track=track)
+    report = compress(model, wanted, out=out, profile=profile, options=how, resume=resume)
     if json:
         print_json(report.model_dump_json(indent=1))
         return
     print_losses(report)
     print_allocation(report)
+    print_blocks(report)
     print_size(report.size)
     if report.kv_cache:
         typer.echo(report.kv_cache.line())
@@ -119,6 +133,33 @@ def print_allocation(report: CompressionReport) -> None:
     typer.echo(
         f"ranks by importance weight {found.importance_weight:g}, "
         f"retained share {found.retained_share:g}"
+    )
+
+
+def print_blocks(report: CompressionReport) -> None:
+    """Show how far the blocks' outputs are from the original ones, if that is known."""
+    if not report.blocks:
+        return
+    rows = []
+    for block in report.blocks:
+        found = block.held_out or block.calibration
+        before = block.unrefined_held_out or block.unrefined_calibration
+        epochs = block.refinement.kept_epoch if block.refinement else "-"
+        rows.append(
+            (
+                block.index,
+                f"{before.relative_error:.4f}" if before else "-",
+                f"{found.relative_error:.4f}",
+                f"{found.cosine_distance:.4f}",
+                epochs,
+                f"{sum(block.seconds.values()):.1f}",
+            )
+        )
+    text = "held-out" if report.blocks[0].held_out else "calibration"
+    print_table(
+        f"error of each block's output on {text} text",
+        ("block", "unrefined", "error", "cosine distance", "epochs", "seconds"),
+        rows,
     )
 
 

@@ -54,6 +54,57 @@ ImportanceAfterNorm = Annotated[
         "code does.",
     ),
 ]
+Order = Annotated[
+    str | None,
+    typer.Option(
+        help="All blocks from the original activations ('one-shot'), or one after the other from "
+        "what arrives once those before are compressed ('sequential'). [default: as the method and "
+        "the refinement need]"
+    ),
+]
+Anchor = Annotated[
+    float | None,
+    typer.Option(
+        help="For aa-svd: the share of the original inputs in the target, from 0, which is "
+        "shift-aware, to 1. [default: 1]"
+    ),
+]
+Ridge = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the mean diagonal that is added to the moments, which draws the factors to "
+        "the weight. [default: 0.01 for aa-svd, 0 for the others]"
+    ),
+]
+WithinBlock = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the ranks of the allocation ('fixed'), or share the parameters of each block "
+        "out anew by what its spectra spare ('greedy'). [default: fixed]"
+    ),
+]
+Refine = Annotated[
+    str | None,
+    typer.Option(
+        help="Train each block towards the original one's output: 'off', 'paper' (AA-SVD's "
+        "settings) or 'fast' (for a CPU, with a stop on held-out text). A recipe has every "
+        "setting. [default: off]"
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on with the sequential run to OUT that was cut off, if there is one."
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        help="Gigabytes of activations that a sequential run holds in memory; the rest goes to "
+        "disk, beside OUT. [default: no limit]",
+        min=0,
+    ),
+]
 KVKeep = Annotated[
     float | None,
     typer.Option(

@@ -11,6 +11,7 @@ Swift-SVD writes ``Y = X W`` with rows as tokens; here ``W`` is PyTorch's ``(out
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,9 @@ from torch import Tensor
 from slimrank.linalg.psd import cholesky_with_jitter, require_finite, symmetric_root, symmetrize
 from slimrank.linalg.signs import fix_signs
 from slimrank.linalg.spectrum import tail_energy
+
+SMALLEST_SHARE = 1e-6  # of the largest singular value, where a balanced split divides by them
+TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +58,39 @@ class Decomposition:
         Descending, always all of them; squares are the mean energy per token of each column.
     jitter : float
         What was added to the moment's diagonal to take a root; 0.0 in the inverse-free route.
+    floor : float
+        What no linear map of the inputs can reproduce, at any rank; 0.0 unless the outputs wanted
+        are those of other inputs (AA-SVD's ``‖W A‖² − ‖M‖²``).
     """
 
     basis: Float[Tensor, "out k"]
     target: Float[Tensor, "out in"]
     singular_values: Float[Tensor, " values"]
     jitter: float = 0.0
+    floor: float = 0.0
 
     @property
     def energy(self) -> float:
-        """Loss of the zero map: the mean squared norm of the outputs."""
-        return float(self.singular_values.square().sum())
+        """Loss of the zero map: the mean squared norm of the outputs that are wanted."""
+        return self.floor + float(self.singular_values.square().sum())
 
     def loss(self, rank: int) -> float:
         """Least mean squared error at a rank: the square of Swift-SVD's equation 4, over tokens."""
         self._check(rank)
-        return float(tail_energy(self.singular_values)[rank])
+        return self.floor + float(tail_energy(self.singular_values)[rank])
 
-    def truncate(self, rank: int) -> Factors:
+    def truncate(
+        self, rank: int, split: Literal["orthonormal", "balanced"] = "orthonormal"
+    ) -> Factors:
         """Best factors of a rank. A smaller rank is a slice of a larger one.
+
+        Parameters
+        ----------
+        rank : int
+        split : {'orthonormal', 'balanced'}
+            Leave ``left`` orthonormal, or give each factor the root of the singular values, which
+            is where training wants to start (AA-SVD's code; its algorithm 1 has all of them in
+            ``left``). The product is the same.
 
         Raises
         ------
@@ -81,7 +99,12 @@ class Decomposition:
         """
         self._check(rank)
         left = self.basis[:, :rank].to(self.target, copy=True).contiguous()
-        return Factors(left=left, right=left.mT @ self.target)
+        right = left.mT @ self.target
+        if split == "orthonormal" or rank == 0:
+            return Factors(left=left, right=right)
+        values = self.singular_values[:rank].to(left)
+        root = values.clamp_min(SMALLEST_SHARE * max(float(values[0]), TINY)).sqrt()
+        return Factors(left=left * root, right=right / root[:, None])
 
     def shortened(self, columns: int, dtype: torch.dtype) -> "Decomposition":
         """Keep the first columns of the basis, rounded: what is worth storing.
@@ -106,6 +129,7 @@ class Decomposition:
         Returns
         -------
         Tensor of shape (columns + 1,), float64
+            Without the floor.
         """
         basis = self.basis.to(self.target)
         right = basis.mT @ self.target

@@ -4,7 +4,7 @@ The layout is PyTorch's: activations are ``(tokens, features)``. "Second moment"
 mean of ``x xᵀ`` over tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -21,18 +21,70 @@ TILE = 256
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """The second moment of what arrives at a linear.
+    """The second moments of what arrives at a linear.
+
+    ``x`` is the input in the uncompressed model, ``z`` that in the partly compressed one, for the
+    same token. Equal streams have no ``shifted`` and no ``drift``.
 
     Parameters
     ----------
-    original : Tensor of shape (in, in), float64
-        Mean over tokens of ``x xᵀ``, symmetric; ``x`` is the input in the uncompressed model.
+    original : Tensor of shape (in, in) or None, float64
+        Mean over tokens of ``x xᵀ``, symmetric. None if nobody asked for it.
     tokens : int
-        How many tokens were seen. With none, ``original`` is zero.
+        How many tokens were seen. With none, the moments are zero.
+    shifted : Tensor of shape (in, in) or None, float64
+        Mean of ``z zᵀ``.
+    drift : Tensor of shape (in, in) or None, float64
+        Mean of ``(x − z) zᵀ``: the cross moment ``x zᵀ`` of AA-SVD is ``shifted + drift``.
+    output_energy : float or None
+        Mean of ``‖W x‖²`` for the one linear that is solved; for the anchored loss, where there is
+        no ``original`` to tell it.
+    ridge : float
+        What was added to the diagonals.
     """
 
-    original: Float[Tensor, "n n"]
+    original: Float[Tensor, "n n"] | None
     tokens: int
+    shifted: Float[Tensor, "n n"] | None = None
+    drift: Float[Tensor, "n n"] | None = None
+    output_energy: float | None = None
+    ridge: float = 0.0
+
+    @property
+    def arriving(self) -> Float[Tensor, "n n"] | None:
+        """Second moment of what arrives: shifted, or original if nothing has shifted."""
+        return self.original if self.shifted is None else self.shifted
+
+    @property
+    def known_tokens(self) -> int | None:
+        """How many directions the tokens can tell apart; None if a ridge settles all of them."""
+        return None if self.ridge else self.tokens
+
+    def ridged(self, relative: float) -> "Moments":
+        """Add a share of the mean diagonal to all moments, the cross moment included.
+
+        Both streams then hold ``√λ I`` more, so every objective holds ``λ ‖W − W'‖²`` more and
+        shrinks towards the weight. On the shifted moment alone it would shrink towards zero.
+
+        Parameters
+        ----------
+        relative : float
+            λ as a share of the mean diagonal of what arrives.
+
+        Examples
+        --------
+        >>> Moments(torch.diag(torch.tensor([3.0, 1.0])), 5).ridged(0.5).original.tolist()
+        [[4.0, 0.0], [0.0, 2.0]]
+        """
+        if relative == 0 or self.arriving is None:
+            return self
+        size = relative * float(self.arriving.diagonal().mean())
+        eye = torch.eye(len(self.arriving), dtype=self.arriving.dtype, device=self.arriving.device)
+        original, shifted = (
+            None if moment is None else moment + size * eye
+            for moment in (self.original, self.shifted)
+        )
+        return replace(self, original=original, shifted=shifted, ridge=self.ridge + size)
 
 
 class MomentAccumulator:
@@ -92,12 +144,12 @@ class MomentAccumulator:
             return
         exact = tokens.dtype == torch.float64 or len(tokens) < SMALL_BLOCK
         tokens = tokens.double() if exact else tokens.float()
-        _require_squarable(tokens)
+        require_squarable(tokens)
         if not self._is_centred and len(tokens) >= SMALL_BLOCK:
-            self._move_centre(_typical_mean(tokens))
+            self._move_centre(typical_mean(tokens))
         centre = self._centre.to(tokens)
         centred = tokens - centre
-        heavy = _heavy(torch.linalg.vector_norm(centred, dim=1))
+        heavy = heavy_tokens(torch.linalg.vector_norm(centred, dim=1))
         if heavy.any():
             self._add(tokens[heavy].double() - centre.double())
             centred = centred[~heavy]
@@ -153,7 +205,7 @@ def _about(first: Tensor, second: Tensor, shift: Tensor, tokens: int) -> tuple[T
     return first + tokens * shift, moved
 
 
-def _require_squarable(tokens: Tensor) -> None:
+def require_squarable(tokens: Tensor) -> None:
     """Refuse what would make the sums infinite, or worse."""
     norms = torch.linalg.vector_norm(tokens, dim=1).square()
     if not torch.isfinite(norms.sum()):
@@ -163,12 +215,12 @@ def _require_squarable(tokens: Tensor) -> None:
         )
 
 
-def _heavy(norms: Tensor) -> Tensor:
+def heavy_tokens(norms: Tensor) -> Tensor:
     """Tokens whose squared norm is far above the median."""
     return norms.square() > HEAVY * norms.median().square()
 
 
-def _typical_mean(tokens: Tensor) -> Tensor:
+def typical_mean(tokens: Tensor) -> Tensor:
     """Mean of the tokens that are not heavy."""
-    heavy = _heavy(torch.linalg.vector_norm(tokens, dim=1))
+    heavy = heavy_tokens(torch.linalg.vector_norm(tokens, dim=1))
     return tokens.mean(dim=0) if not heavy.any() else tokens[~heavy].mean(dim=0)

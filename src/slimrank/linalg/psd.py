@@ -112,3 +112,55 @@ def symmetric_root(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
     root: Tensor = eigenvectors * eigenvalues.clamp_min(0).sqrt()
     return root
+
+
+def divide(
+    matrix: Float[Tensor, "m n"], moment: Float[Tensor, "n n"], tokens: int | None = None
+) -> Float[Tensor, "m n"]:
+    """``matrix @ moment⁻¹``, or by a pseudo-inverse where the moment is singular.
+
+    The moment is first scaled to a unit diagonal, which takes care of features of very different
+    size; a feature that is always zero is left out, and gets zero. A moment that is singular in
+    float64, or of fewer tokens than features, is inverted on its range only.
+
+    Parameters
+    ----------
+    matrix : Tensor of shape (m, n)
+    moment : Tensor of shape (n, n)
+        Positive semi-definite, float64.
+    tokens : int, optional
+        How many tokens the moment is of: its rank is no larger.
+
+    Raises
+    ------
+    NumericalError
+        If the moment is not finite.
+
+    Examples
+    --------
+    >>> moment = torch.diag(torch.tensor([4.0, 0.0]).double())
+    >>> divide(torch.ones(1, 2, dtype=torch.float64), moment).tolist()
+    [[0.25, 0.0]]
+    """
+    require_finite(moment, "the second moment")
+    diagonal = moment.diagonal()
+    scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
+    alive = int((scale > 0).sum())
+    scaled = moment * scale[:, None] * scale
+    scaled.diagonal()[scale == 0] = 1.0
+    rounding = 4 * len(moment) * torch.finfo(moment.dtype).eps
+    root, info = torch.linalg.cholesky_ex(scaled)
+    if (tokens is None or tokens >= alive) and int(info) == 0:
+        eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        inverse_root = torch.linalg.solve_triangular(root, eye, upper=False)
+        if float(inverse_root.square().sum()) * rounding < 1:  # a pivot may hide it, this cannot
+            solved: Tensor = torch.cholesky_solve((matrix * scale).mT, root).mT * scale
+            return solved
+    scaled.diagonal()[scale == 0] = 0.0
+    values, vectors = torch.linalg.eigh(scaled)
+    known = values > rounding * values[-1]
+    if tokens is not None and tokens < len(values):
+        known[: len(values) - tokens] = False
+    inverse = torch.where(known, values, torch.inf).reciprocal()
+    on_range: Tensor = ((matrix * scale) @ vectors * inverse) @ vectors.mT * scale
+    return on_range

@@ -5,13 +5,14 @@ from difflib import get_close_matches
 from types import MappingProxyType
 
 from slimrank.errors import RecipeError
+from slimrank.methods.aa_svd import AASVD, ShiftAware
 from slimrank.methods.base import Method
 from slimrank.methods.svd import SVD
 from slimrank.methods.svd_llm import SVDLLM
 from slimrank.methods.swift_svd import SwiftSVD
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (SVD, SVDLLM, SwiftSVD)}
+    {method.name: method for method in (SVD, SVDLLM, SwiftSVD, ShiftAware, AASVD)}
 )
 
 
@@ -25,8 +26,8 @@ def method_by_name(name: str) -> Method:
 
     Examples
     --------
-    >>> method_by_name("swift-svd").needs_moments
-    True
+    >>> sorted(method_by_name("aa-svd").needs)
+    ['original', 'shifted']
     """
     if name not in METHODS:
         near = get_close_matches(name, METHODS, n=1)

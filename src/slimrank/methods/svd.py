@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slimrank.linalg import Decomposition, Moments, decompose_outputs
+from slimrank.linalg import Decomposition, Factors, Moments, decompose_outputs, output_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,8 @@ class SVD:
     """
 
     name: ClassVar[str] = "svd"
-    needs_moments: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+    default_ridge: ClassVar[float] = 0.0
     paper: ClassVar[str] = "Eckart and Young (1936)"
     objective: ClassVar[str] = "‖W − W'‖²"
 
@@ -25,3 +26,8 @@ class SVD:
         """Singular value decomposition of the weight; moments are not looked at."""
         del moments
         return decompose_outputs(weight)
+
+    def loss(self, weight: Tensor, factors: Factors, moments: Moments | None = None) -> float:
+        """Squared error of the weight."""
+        del moments
+        return output_loss(weight, factors)

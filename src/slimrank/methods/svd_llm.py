@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slimrank.linalg import Decomposition, Moments, decompose_whitened
+from slimrank.linalg import Decomposition, Factors, Moments, decompose_whitened, output_loss
+from slimrank.methods.base import require_moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,16 @@ class SVDLLM:
     """
 
     name: ClassVar[str] = "svd-llm"
-    needs_moments: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"original"})
+    default_ridge: ClassVar[float] = 0.0
     paper: ClassVar[str] = "SVD-LLM (arXiv 2403.07378), section 3.1"
     objective: ClassVar[str] = "E ‖W x − W' x‖²"
 
     def decompose(self, weight: Tensor, moments: Moments | None) -> Decomposition:
         """Whiten by the inputs of the original model."""
-        if moments is None:
-            raise ValueError(f"{self.name} needs moments")
-        return decompose_whitened(weight, moments.original)
+        seen = require_moment(self.name, moments, "original")
+        return decompose_whitened(weight, seen)
+
+    def loss(self, weight: Tensor, factors: Factors, moments: Moments | None) -> float:
+        """Mean squared error of the outputs in the original model."""
+        return output_loss(weight, factors, require_moment(self.name, moments, "original"))

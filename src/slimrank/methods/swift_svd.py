@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from slimrank.linalg import Decomposition, Moments, decompose_outputs
+from slimrank.linalg import Decomposition, Factors, Moments, decompose_outputs, output_loss
+from slimrank.methods.base import require_moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +20,16 @@ class SwiftSVD:
     """
 
     name: ClassVar[str] = "swift-svd"
-    needs_moments: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"original"})
+    default_ridge: ClassVar[float] = 0.0
     paper: ClassVar[str] = "Swift-SVD (arXiv 2604.01609), theorem 3.1"
     objective: ClassVar[str] = "E ‖W x − W' x‖²"
 
     def decompose(self, weight: Tensor, moments: Moments | None) -> Decomposition:
         """Eigenvectors of the output moment of the original model."""
-        if moments is None:
-            raise ValueError(f"{self.name} needs moments")
-        return decompose_outputs(weight, moments.original, moments.tokens)
+        seen = require_moment(self.name, moments, "original")
+        return decompose_outputs(weight, seen, moments.known_tokens if moments else None)
+
+    def loss(self, weight: Tensor, factors: Factors, moments: Moments | None) -> float:
+        """Mean squared error of the outputs in the original model."""
+        return output_loss(weight, factors, require_moment(self.name, moments, "original"))

@@ -1,0 +1,239 @@
+"""AA-SVD's table 5 on a real model: four objectives, with and without refinement.
+
+    python benchmarks/objectives.py SUITE MODEL --calibration FILE --test FILE --other FILE --out F
+
+A suite is a list of rows; each is one compression in memory and three perplexities: on sequences of
+the calibration text that no run has seen (what settings are chosen by), on the test text, and on a
+text of another kind. Several processes share a suite's rows through a folder, `--claims`; one on a
+CPU leaves refined rows to others. `--merge` puts their files together.
+The other text of the committed figures is the reference manual that Python carries with it:
+"\\n\\n".join(topics[name] for name in sorted(topics)) of pydoc_data.topics in Python 3.11.
+"""
+
+import argparse
+import copy
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import _record
+import torch
+
+from slimrank import CompressionRecipe, TokenWindows, compress
+from slimrank.calibration import draw_windows, read_text
+from slimrank.evaluation import perplexity, windows_perplexity
+from slimrank.options import CompressionOptions
+from slimrank.recipe import CalibrationRecipe
+from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
+
+UNSEEN = 24  # sequences of 1,024 tokens at the end of the calibration text, for choices
+BASE = {"keep": 0.8, "seed": 0, "sequences": 32, "length": 512, "refine": "off"}
+REFINED = {"refine": {"preset": "paper", "epochs": 10}}
+
+
+def table(ridge: float | None) -> list[dict[str, Any]]:
+    """Four objectives at two sizes, unrefined and refined; 0.4 for two; seeds where it is close."""
+    rows: list[dict[str, Any]] = []
+    for keep, seeds in ((0.8, (0, 1, 2)), (0.6, (0, 1))):
+        for seed in seeds:
+            same = {"keep": keep, "seed": seed, "order": "sequential"}
+            anchored = {**same, "method": "aa-svd", "ridge": ridge}
+            rows += [{**anchored, **REFINED}, anchored]
+            rows += [{**same, "method": "swift-svd", **how} for how in (REFINED, {})]
+            rows += [{**same, "method": "shift-aware"}]
+            if seed == 0:
+                rows += [{**same, "method": "svd", **how} for how in (REFINED, {})]
+    for method, size in (("swift-svd", None), ("aa-svd", ridge)):
+        same = {"keep": 0.4, "method": method, "order": "sequential", "ridge": size}
+        rows += [{**same, **how} for how in (REFINED, {})]
+    return rows
+
+
+def ridge(_: float | None) -> list[dict[str, Any]]:
+    """The anchored objective's ridge against the number of calibration tokens."""
+    return [
+        {"keep": keep, "method": "aa-svd", "sequences": count, "ridge": size}
+        for keep, count in ((0.8, 16), (0.8, 64), (0.6, 64), (0.8, 256))
+        for size in (0.1, 0.3, 0.03, 0.01, 0.0)
+    ]
+
+
+def anchor(ridge: float | None) -> list[dict[str, Any]]:
+    """Many tokens and the paper's 25 epochs."""
+    many = {"sequences": 240, "length": 1024, "order": "sequential"}
+    return [
+        {**many, "method": method, "ridge": size, **how}
+        for how in ({"refine": "paper"}, {})
+        for method, size in (("swift-svd", None), ("aa-svd", ridge))
+    ]
+
+
+def fast(_: float | None) -> list[dict[str, Any]]:
+    """What `fast` is to be, and what an epoch is worth, by text that nobody trains on."""
+    rows: list[dict[str, Any]] = []
+    for rate, batch, epochs, count in (
+        (3e-4, 8, 8, 32),
+        (1e-3, 8, 8, 32),
+        (1e-4, 8, 8, 32),
+        (3e-4, 8, 2, 128),
+        (3e-4, 4, 8, 32),
+        (3e-4, 8, 16, 32),
+        (1e-3, 4, 2, 128),
+    ):
+        how = {"preset": "fast", "learning_rate": rate, "batch_sequences": batch, "epochs": epochs}
+        rows.append({"method": "swift-svd", "sequences": count, "refine": how})
+    rows += [
+        {"method": "swift-svd", "refine": {"preset": "paper", "epochs": epochs}}
+        for epochs in (1, 3, 25)
+    ]
+    return rows
+
+
+def ranks(ridge: float | None) -> list[dict[str, Any]]:
+    """Recipes A and B of dynamic ranks, and both, against uniform ones."""
+    return [
+        {
+            "method": method,
+            "ridge": size,
+            "allocation": allocation,
+            "within_block": within,
+            "order": "sequential",
+            **how,
+        }
+        for how in ({}, {"refine": "fast"})
+        for method, size in (("aa-svd", ridge), ("swift-svd", None))
+        for allocation in ("uniform", "swift")
+        for within in ("greedy", "fixed")
+    ]
+
+
+SUITES = {f.__name__: f for f in (table, ridge, anchor, fast, ranks)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--calibration")
+    parser.add_argument("--test")
+    parser.add_argument("--other")
+    parser.add_argument("--num-windows", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--eval-device")
+    parser.add_argument("--claims", help="a folder that other processes know too")
+    parser.add_argument("--ridge", type=float, help="of aa-svd; its own if left out")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after")
+    parser.add_argument("--merge", nargs="+", help="files of shards")
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args()
+    if options.merge:
+        merge(options.merge, options.out)
+        return
+    source = parse_source(options.model)
+    tokenizer, dense = load_tokenizer(source), load_model(source).to(options.device)
+    ids = {
+        name: tokenize(tokenizer, read_text(CalibrationRecipe(source=(getattr(options, name),))))
+        for name in ("calibration", "test", "other")
+    }
+    settings = {
+        **{name: Path(getattr(options, name)).name for name in ids},
+        **{f"{n}_sha256": _sha(getattr(options, n)) for n in ids},
+        "model": Path(options.model).name,
+        "device": options.device,
+        "gpu": torch.cuda.get_device_name() if options.device.startswith("cuda") else None,
+        "num_windows": options.num_windows or "all",
+        "suite": options.suite,
+        "base": BASE,
+        "text_that_settings_are_chosen_by": f"last {UNSEEN} sequences of 1,024 of calibration",
+    }
+    unseen = TokenWindows(tuple(ids["calibration"][-UNSEEN * 1024 :].split(1024)))
+    ids["calibration"] = ids["calibration"][: -UNSEEN * 1024]
+    start = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    for number, row in enumerate([*SUITES[options.suite](options.ridge), None]):
+        is_heavy = row is not None and row.get("refine", "off") != "off"
+        late = time.perf_counter() - start > options.seconds
+        shared = options.claims is not None
+        if late or (shared and is_heavy and options.device == "cpu"):
+            continue
+        if shared and not claimed(Path(options.claims) / f"{options.suite}-{number}"):
+            continue
+        rows.append(measure(row, dense, ids, unseen, options))
+        print(json.dumps(rows[-1]["wanted"]), rows[-1].get("perplexity"), flush=True)
+        _record.write(options.out, 0, settings, rows, quiet=True)
+
+
+def claimed(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+def measure(
+    row: dict[str, Any] | None,
+    dense: Any,
+    ids: dict[str, torch.Tensor],
+    unseen: TokenWindows,
+    options: Any,
+) -> dict[str, Any]:
+    wanted = None if row is None else {**BASE, **row}
+    model = copy.deepcopy(dense)
+    found: dict[str, Any] = {"wanted": wanted or "dense"}
+    if wanted is not None:
+        given = dict(wanted)
+        keep, seed = given.pop("keep"), given.pop("seed")
+        count, length = given.pop("sequences"), given.pop("length")
+        # Held-out sequences come last, so the calibration ones are the same with more of them.
+        generator = torch.Generator().manual_seed(seed)
+        windows = draw_windows(ids["calibration"], count + 8, length, generator)
+        recipe = CompressionRecipe.from_dict(
+            {
+                "budget": {"param_ratio": keep},
+                "calibration": {"num_sequences": count, "sequence_length": length, "seed": seed},
+                **given,
+            }
+        )
+        start = time.perf_counter()
+        how = CompressionOptions(batch_size=options.batch_size)
+        report = compress(model, recipe, windows=windows, options=how)
+        found |= {
+            "seconds": time.perf_counter() - start,
+            "phases": report.seconds,
+            "peak_bytes": report.peak_bytes,
+            "target_params": report.size.target_params,
+            "target_params_before": report.size.target_params_before,
+            "tokens": report.tokens,
+            "blocks": [block.model_dump() for block in report.blocks],
+            "allocation": report.allocation.model_dump() if report.allocation else None,
+            "ranks": {x.name: x.rank for x in report.linears},
+            "warnings": report.warnings,
+            "worst_gap": max(abs(x.predicted_loss - x.measured_loss) for x in report.linears),
+            "worst_token_check": max(x.token_check or 0.0 for x in report.linears),
+        }
+    model.to(options.eval_device or options.device)
+    found["perplexity"] = {"unseen_calibration_text": windows_perplexity(model, unseen).value}
+    if options.suite != "ridge":  # settings are not chosen by the test text
+        for name in ("test", "other"):
+            value = perplexity(model, ids[name], 1024, options.num_windows).value
+            found["perplexity"][name] = value
+    return found
+
+
+def merge(files: list[str], out: str) -> None:
+    records = [json.loads(Path(name).read_text()) for name in files]
+    rows = [row for record in records for row in record["results"]]
+    whole = {**records[0], "results": rows}
+    Path(out).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+def _sha(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Sequences on their way through the blocks, in any grouping.
+
+Blocks are handed more than hidden states (masks, rotary embeddings). That is recorded for each
+sequence alone, and once for two at a time: what doubles then grows with the batch, what stays the
+same is shared. So any sequences of one length can be put together, in any number.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.calibration.replay import Call, check_replay, equal_calls, record_calls
+from slimrank.calibration.store import ActivationStore
+from slimrank.calibration.windows import TokenWindows
+from slimrank.model import Anatomy
+
+ORIGINAL, SHIFTED = "original", "shifted"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What sequences of one kind are called with, block by block.
+
+    Parameters
+    ----------
+    single : tuple of Call
+        For one sequence.
+    double : tuple of Call or None
+        For two at once; None if they cannot be put together.
+    """
+
+    single: tuple[Call, ...]
+    double: tuple[Call, ...] | None
+
+    def call(self, block: int, size: int) -> Call:
+        """What a block is called with for so many sequences."""
+        if size == 1 or self.double is None:
+            return self.single[block]
+        call: Call = _widened(self.single[block], self.double[block], size)
+        return call
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Sequences by number: calibration ones first, then held-out ones.
+
+    Parameters
+    ----------
+    store : ActivationStore
+        Holds hidden states under ``("original", number)`` and ``("shifted", number)``.
+    kinds : tuple of Kind
+    kind_of, lengths : tuple of int
+        For each sequence; its length in tokens.
+    num_calibration : int
+        How many of them calibrate.
+    size : int
+        Sequences at once.
+    """
+
+    store: ActivationStore
+    kinds: tuple[Kind, ...]
+    kind_of: tuple[int, ...]
+    lengths: tuple[int, ...]
+    num_calibration: int
+    size: int
+
+    @property
+    def calibration(self) -> range:
+        """Numbers of the calibration sequences."""
+        return range(self.num_calibration)
+
+    @property
+    def held_out(self) -> range:
+        """Numbers of the held-out sequences."""
+        return range(self.num_calibration, len(self.kind_of))
+
+    def groups(self, sequences: Iterable[int]) -> Iterator[list[int]]:
+        """Put sequences of one kind together, at most `size` of them, in order."""
+        by_kind: dict[int, list[int]] = {}
+        for number in sequences:
+            by_kind.setdefault(self.kind_of[number], []).append(number)
+        for kind, numbers in by_kind.items():
+            size = 1 if self.kinds[kind].double is None else self.size
+            for start in range(0, len(numbers), size):
+                yield numbers[start : start + size]
+
+    def walk(self) -> Iterator[list[int]]:
+        """All sequences, the last calibration one on its own: its tokens check the moments."""
+        yield from self.groups(self.calibration[:-1])
+        yield [self.num_calibration - 1]
+        yield from self.groups(self.held_out)
+
+    def call(self, block: int, sequences: Sequence[int]) -> Call:
+        """What a block is called with for these sequences, all of one kind."""
+        return self.kinds[self.kind_of[sequences[0]]].call(block, len(sequences))
+
+
+@torch.no_grad()
+def embed_streams(
+    model: nn.Module,
+    anatomy: Anatomy,
+    calibration: TokenWindows,
+    held_out: TokenWindows | None,
+    size: int,
+    store: ActivationStore,
+) -> Streams:
+    """Put the hidden states in front of the first block into both streams.
+
+    Parameters
+    ----------
+    model : nn.Module
+    anatomy : Anatomy
+    calibration : TokenWindows
+    held_out : TokenWindows or None
+    size : int
+        Sequences at once.
+    store : ActivationStore
+
+    Raises
+    ------
+    ModelError
+        If running block by block does not give what the model gives.
+    """
+    windows = [*calibration.windows, *(held_out.windows if held_out else ())]
+    check_replay(model, anatomy, windows[0][None, :16])
+    singles: list[tuple[Call, ...]] = []
+    first_of: list[int] = []
+    second_of: dict[int, int] = {}
+    kind_of: list[int] = []
+    for number, window in enumerate(windows):
+        hidden, calls = record_calls(model, anatomy, window[None])
+        store.put((ORIGINAL, number), hidden[0])
+        store.put((SHIFTED, number), hidden[0])
+        alike = (
+            k
+            for k, known in enumerate(singles)
+            if len(windows[first_of[k]]) == len(window) and equal_calls(known, calls)
+        )
+        kind = next(alike, len(singles))
+        if kind == len(singles):
+            singles.append(calls)
+            first_of.append(number)
+        else:
+            second_of.setdefault(kind, number)
+        kind_of.append(kind)
+    kinds = []
+    for kind, single in enumerate(singles):
+        double = None
+        if kind in second_of:
+            pair = torch.stack([windows[first_of[kind]], windows[second_of[kind]]])
+            _, double = record_calls(model, anatomy, pair)
+            double = double if _can_widen(single, double) else None
+        kinds.append(Kind(single, double))
+    lengths = tuple(map(len, windows))
+    return Streams(store, tuple(kinds), tuple(kind_of), lengths, len(calibration.windows), size)
+
+
+def _can_widen(single: Any, double: Any) -> bool:
+    """Tell whether what is given for two sequences is that of one, shared or repeated."""
+    if isinstance(single, Tensor) and isinstance(double, Tensor):
+        if single.shape == double.shape:
+            return torch.equal(single, double)
+        return _repeats(single, double) and torch.equal(_repeated(single, 2), double)
+    if isinstance(single, (tuple, list)) and isinstance(double, (tuple, list)):
+        return len(single) == len(double) and all(map(_can_widen, single, double))
+    if isinstance(single, dict) and isinstance(double, dict):
+        return single.keys() == double.keys() and all(
+            _can_widen(single[key], double[key]) for key in single
+        )
+    return equal_calls(single, double)
+
+
+def _widened(single: Any, double: Any, size: int) -> Any:
+    """What is given for many sequences."""
+    if isinstance(single, Tensor):
+        return single if single.shape == double.shape else _repeated(single, size)
+    if isinstance(single, (tuple, list)):
+        return type(single)(_widened(s, d, size) for s, d in zip(single, double, strict=True))
+    if isinstance(single, dict):
+        return {key: _widened(single[key], double[key], size) for key in single}
+    return single
+
+
+def _repeats(single: Tensor, double: Tensor) -> bool:
+    return double.shape == (2 * single.shape[0], *single.shape[1:]) if single.ndim else False
+
+
+def _repeated(tensor: Tensor, size: int) -> Tensor:
+    return tensor.repeat(size, *[1] * (tensor.ndim - 1))

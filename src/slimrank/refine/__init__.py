@@ -1,0 +1,7 @@
+"""Training of a compressed block towards what the original block gave."""
+
+from slimrank.refine.block import refine_block
+from slimrank.refine.data import BlockData, MicroBatch
+from slimrank.refine.training import learning_rate
+
+__all__ = ["BlockData", "MicroBatch", "learning_rate", "refine_block"]

@@ -1,0 +1,132 @@
+"""Train a compressed block towards the original block's output (AA-SVD, section 3.3).
+
+The original block runs on the original stream, the compressed one on what really arrives at it:
+``min E ‖L(x) − L'(z)‖²`` over the factors, norm scales and biases of ``L'``; all else is fixed.
+"""
+
+import time
+import warnings
+
+from torch import nn
+
+from slimrank.errors import NumericalWarning, RecipeError
+from slimrank.nn import LowRankLinear
+from slimrank.recipe import RefineRecipe
+from slimrank.refine.data import BlockData
+from slimrank.refine.masters import copy_values, master_parameters, set_values
+from slimrank.refine.training import BlockTraining
+from slimrank.report import RefinementEpoch, RefinementReport
+
+
+def refine_block(
+    block: nn.Module,
+    calibration: BlockData,
+    held_out: BlockData | None,
+    settings: RefineRecipe,
+    index: int,
+) -> RefinementReport:
+    """Train a block in place.
+
+    Nothing is carried from block to block. With `settings.patience`, the parameters of the epoch
+    that is best on `held_out` are kept, the start being epoch 0. If anything is raised, an
+    interrupt too, the block is as it was.
+
+    Parameters
+    ----------
+    block : nn.Module
+        Gives hidden states, or a tuple that begins with them.
+    calibration : BlockData
+    held_out : BlockData or None
+        Not trained on.
+    settings : RefineRecipe
+    index : int
+        The block's position; the order of sequences is drawn from it and `settings.seed`.
+
+    Returns
+    -------
+    RefinementReport
+        Losses are shares of the variance of the calibration's targets, also those of `held_out`,
+        whatever `settings.scale_loss` says. They are taken before the parameters are rounded.
+
+    Raises
+    ------
+    RecipeError
+        If the block has nothing of what `settings.trains` names.
+    NumericalError
+        If a loss or a gradient is not finite, or all targets are equal.
+
+    Notes
+    -----
+    Deviations from the authors' code, beside what the settings let choose:
+
+    - Masters and the state of AdamW are float32 whatever the model's dtype, and are rounded once,
+      at the end. A bfloat16 weight does not change by less than about 2⁻⁹ of itself, and most of
+      the steps are smaller. Products are in bfloat16 for a model in bfloat16 or float16: gradients
+      of float16 underflow.
+    - The warm-up begins above 0, at which the authors' first step changes nothing, and the last
+      step has the final rate.
+    - Squared errors are in float32, not in the model's dtype.
+    - Dropout is off.
+    """
+    started = time.perf_counter()
+    trained = _trained_parameters(block, settings, index)
+    patience = settings.patience
+    if patience is not None and held_out is None:
+        warnings.warn(
+            f"no held-out sequences to stop a refinement by: it trains all {settings.epochs} "
+            "epochs; hold sequences out, or set refine.patience to null",
+            NumericalWarning,
+            stacklevel=2,
+        )
+    epochs: list[RefinementEpoch] = []
+    with master_parameters(block, trained):
+        training = BlockTraining(block, trained, calibration, settings, index)
+        start_loss = training.loss(calibration)
+        start_held_out = None if held_out is None else training.loss(held_out)
+        best, kept = start_held_out, 0
+        values = [] if patience is None else copy_values(trained)
+        for number in range(1, settings.epochs + 1):
+            loss = training.train_epoch()
+            at_end = None if held_out is None else training.loss(held_out)
+            seconds = time.perf_counter() - started
+            epochs.append(RefinementEpoch(loss=loss, held_out_loss=at_end, seconds=seconds))
+            if patience is None or at_end is None or best is None:
+                kept = number
+            elif at_end < best:
+                kept, best, values = number, at_end, copy_values(trained)
+            elif number - kept >= patience:
+                break
+        if kept < len(epochs):
+            set_values(trained, values)
+    return RefinementReport(
+        start_loss=start_loss,
+        start_held_out_loss=start_held_out,
+        epochs=tuple(epochs),
+        kept_epoch=kept,
+        trained_params=sum(parameter.numel() for parameter in trained),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _trained_parameters(block: nn.Module, settings: RefineRecipe, index: int) -> list[nn.Parameter]:
+    factors = {
+        id(factor.weight)
+        for module in block.modules()
+        if isinstance(module, LowRankLinear)
+        for factor in (module.latent, module.expand)
+    }
+
+    def kind(name: str, parameter: nn.Parameter) -> str | None:
+        if id(parameter) in factors:
+            return "factors"
+        if name.rpartition(".")[2] == "bias":
+            return "biases"
+        return "norms" if parameter.ndim == 1 else None
+
+    trained = [p for name, p in block.named_parameters() if kind(name, p) in settings.trains]
+    if not trained:
+        raise RecipeError(
+            f"refine.trains: block {index} has no {', '.join(settings.trains)}; name others, or "
+            "turn the refinement off"
+        )
+    return trained

@@ -1,0 +1,75 @@
+"""What a block is trained on: inputs as they arrive, outputs as they should be."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A few sequences, on the block's device and in the model's dtype.
+
+    Parameters
+    ----------
+    inputs : Tensor of shape (batch, length, hidden)
+        The shifted stream in front of the block.
+    targets : Tensor of shape (batch, length, hidden)
+        What the original block gives on the original stream.
+    call : tuple
+        Positional and keyword arguments of the block beside the hidden states.
+    """
+
+    inputs: Float[Tensor, "batch length hidden"]
+    targets: Float[Tensor, "batch length hidden"]
+    call: Call
+
+
+@runtime_checkable
+class BlockData(Protocol):
+    """Pairs of a block's shifted inputs and its original outputs, by sequence."""
+
+    @property
+    def num_sequences(self) -> int:
+        """How many there are; they are numbered from 0."""
+        ...
+
+    def micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
+        """Exactly these sequences, a few at once, the same at every call."""
+        ...
+
+
+@torch.no_grad()
+def target_variance(data: BlockData) -> float:
+    """Mean squared distance of the targets' elements from the mean of all of them.
+
+    In float64, by merging the mean and the squares of each micro-batch (Chan, Golub and LeVeque,
+    1983): nothing cancels, however far the mean is from zero.
+
+    Parameters
+    ----------
+    data : BlockData
+
+    Returns
+    -------
+    float
+        0.0 exactly if all elements are equal or there are none; not finite if an element is not.
+    """
+    elements, mean, squares = 0, 0.0, 0.0
+    low, high = math.inf, -math.inf
+    for batch in data.micro_batches(range(data.num_sequences)):
+        targets = batch.targets.double()
+        new = targets.numel()
+        new_variance, new_mean = (float(part) for part in torch.var_mean(targets, correction=0))
+        elements += new
+        gap = new_mean - mean
+        mean += gap * new / elements
+        squares += new * new_variance + gap**2 * new * (elements - new) / elements
+        low, high = min(low, float(targets.min())), max(high, float(targets.max()))
+    return 0.0 if elements == 0 or low == high else squares / elements

@@ -1,0 +1,168 @@
+"""The optimiser of one block, its schedule, and the order of sequences."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.errors import NumericalError
+from slimrank.recipe import RefineRecipe
+from slimrank.refine.data import BlockData, MicroBatch, target_variance
+
+
+def learning_rate(step: int, steps: int, settings: RefineRecipe) -> float:
+    """Rate of one step: a line up to the peak, then half a cosine down to the final rate.
+
+    Parameters
+    ----------
+    step : int
+        From 0.
+    steps : int
+        Of the whole training.
+    settings : RefineRecipe
+
+    Examples
+    --------
+    >>> settings = RefineRecipe(preset="paper")
+    >>> [round(1e6 * learning_rate(step, 200, settings), 2) for step in (0, 1, 19, 109, 199)]
+    [5.0, 10.0, 100.0, 55.0, 10.0]
+    """
+    warmup_steps = round(settings.warmup * steps)
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
+    progress = (step + 1 - warmup_steps) / (steps - warmup_steps)
+    final = settings.final_learning_rate
+    return settings.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class BlockTraining:
+    """Epochs of AdamW over the calibration sequences, and losses between them.
+
+    All losses are mean squared errors as shares of the variance of the calibration's targets.
+
+    Parameters
+    ----------
+    block : nn.Module
+    trained : sequence of nn.Parameter
+        Those of `block` that ask for gradients.
+    calibration : BlockData
+    settings : RefineRecipe
+    index : int
+        Position of the block.
+
+    Raises
+    ------
+    NumericalError
+        If the targets are not finite, all equal, or none. `loss` and `train_epoch` raise it when a
+        loss or a gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        trained: Sequence[nn.Parameter],
+        calibration: BlockData,
+        settings: RefineRecipe,
+        index: int,
+    ) -> None:
+        self._block, self._trained, self._calibration = block, trained, calibration
+        self._settings, self._index = settings, index
+        self._variance = _variance(calibration, index)
+        self._optimizer = torch.optim.AdamW(
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self._steps_an_epoch = math.ceil(calibration.num_sequences / settings.batch_sequences)
+        self._step = 0
+        self._generator = torch.Generator().manual_seed(_seed(settings.seed, index))
+
+    @torch.no_grad()
+    def loss(self, data: BlockData) -> float:
+        """Of the parameters as they are, on all sequences of `data`."""
+        errors, elements = [], 0
+        for batch in data.micro_batches(range(data.num_sequences)):
+            errors.append(float(_squared_error(self._block, batch)))
+            elements += batch.targets.numel()
+        loss = math.fsum(errors) / elements / self._variance if elements else math.nan
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"refinement of block {self._index}: the loss on {data.num_sequences} sequences is "
+                f"not finite after {self._step // self._steps_an_epoch} epochs; the block is as it "
+                "was"
+            )
+        return loss
+
+    def train_epoch(self) -> float:
+        """Take each sequence once; the loss is that of the steps as they were taken."""
+        sequences = list(range(self._calibration.num_sequences))
+        if self._settings.shuffle:
+            sequences = torch.randperm(len(sequences), generator=self._generator).tolist()
+        size = self._settings.batch_sequences
+        squared_error, elements = 0.0, 0
+        for start in range(0, len(sequences), size):
+            step_error, step_elements = self._train_step(sequences[start : start + size])
+            squared_error, elements = squared_error + step_error, elements + step_elements
+        return squared_error / elements / self._variance
+
+    def _train_step(self, sequences: Sequence[int]) -> tuple[float, int]:
+        squared_error, elements = self._accumulate(sequences)
+        norm = nn.utils.clip_grad_norm_(self._trained, self._settings.clip_norm or math.inf)
+        if not (math.isfinite(squared_error) and math.isfinite(float(norm))):
+            epoch = self._step // self._steps_an_epoch + 1
+            raise NumericalError(
+                f"refinement of block {self._index}: the loss or its gradient is not finite in "
+                f"step {self._step + 1} (epoch {epoch}); the block is as it was; try a smaller "
+                "refine.learning_rate"
+            )
+        steps = self._settings.epochs * self._steps_an_epoch
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._step, steps, self._settings)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._step += 1
+        return squared_error, elements
+
+    def _accumulate(self, sequences: Sequence[int]) -> tuple[float, int]:
+        """Sum the gradients of all micro-batches, then divide: as if they were one batch."""
+        errors, elements = [], 0
+        for batch in self._calibration.micro_batches(sequences):
+            with torch.enable_grad():
+                error = _squared_error(self._block, batch)
+                torch.autograd.backward(error)
+            errors.append(float(error.detach()))
+            elements += batch.targets.numel()
+        scale = elements * (self._variance if self._settings.scale_loss else 1.0)
+        for parameter in self._trained:
+            if parameter.grad is not None:  # an expert that no token of this step reached has none
+                parameter.grad.div_(scale)
+        return math.fsum(errors), elements
+
+
+def _squared_error(block: nn.Module, batch: MicroBatch) -> Tensor:
+    """Sum over all elements, in float32 or better."""
+    args, kwargs = batch.call
+    reduced = batch.inputs.dtype.itemsize < torch.float32.itemsize
+    device = batch.inputs.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=reduced, cache_enabled=False):
+        output = block(batch.inputs, *args, **kwargs)
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    squares: Tensor = (states.to(dtype) - batch.targets.to(dtype)).square()
+    return squares.sum()
+
+
+def _variance(calibration: BlockData, index: int) -> float:
+    variance = target_variance(calibration)
+    if variance > 0 and math.isfinite(variance):
+        return variance
+    what = "all equal, or none" if variance == 0 else "not all finite"
+    raise NumericalError(
+        f"refinement of block {index}: the original block's outputs are {what}; check the model "
+        "and the calibration text"
+    )
+
+
+def _seed(seed: int, index: int) -> int:
+    """One for each pair, so that neighbours have nothing in common."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "little")

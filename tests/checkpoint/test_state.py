@@ -1,0 +1,482 @@
+"""What is finished of a run survives whatever stops it, and nothing else is taken for it."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from slimrank.checkpoint import RunManifest, RunState, has_run, require_no_run, state_folder
+from slimrank.checkpoint.state import LOCK, MANIFEST
+from slimrank.errors import CheckpointError
+from slimrank.nn import LowRankLinear
+from slimrank.report import (
+    AllocationReport,
+    BlockError,
+    BlockReport,
+    ImportanceWeightTrial,
+    LinearReport,
+    RefinementEpoch,
+    RefinementReport,
+)
+
+FINGERPRINTS = {
+    "recipe_fingerprint": "aa",
+    "model_fingerprint": "bb",
+    "calibration_fingerprint": "cc",
+    "dtype": "bfloat16",
+}
+ALL_FILES = [MANIFEST, *(f"block-000{i}.{e}" for i in (0, 1) for e in ("json", "safetensors"))]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing in the package may catch it."""
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "small"
+
+
+@pytest.fixture
+def manifest() -> RunManifest:
+    return RunManifest(
+        **FINGERPRINTS,
+        versions={"torch": "2.13.0", "threads": "2"},
+        ranks={"layers.0.up": 4, "layers.0.down": None},
+        allocation=AllocationReport(
+            importance_weight=0.3,
+            retained_share=0.5,
+            trials=(ImportanceWeightTrial(importance_weight=0.3, perplexity=1 / 3),),
+        ),
+    )
+
+
+def tensors(index: int) -> dict[str, Tensor]:
+    """What the state dict of a block may hold."""
+    generator = torch.Generator().manual_seed(index)
+    values = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    return {
+        **{str(dtype).removeprefix("torch."): values.to(dtype) for dtype in dtypes},
+        "transposed": values.T,
+        "part": values[1:2, ::2],
+        "same": values,
+        "odd": torch.tensor([float("nan"), -0.0, float("inf"), 5e-324], dtype=torch.float64),
+        "empty": torch.empty(0, dtype=torch.bfloat16),
+        "number": torch.tensor(index),
+        "flags": torch.tensor([True, False]),
+        "parameter": torch.nn.Parameter(values.float()),
+    }
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        one, other = (x.detach().contiguous().reshape(-1) for x in (found[name], tensor))
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
+
+
+def reports(index: int) -> tuple[list[LinearReport], BlockReport]:
+    name = f"layers.{index}"
+    error = BlockError(relative_error=1 / 3, cosine_distance=1e-17)
+    refinement = RefinementReport(
+        start_loss=float("inf"),
+        start_held_out_loss=None,
+        epochs=(RefinementEpoch(loss=0.1, held_out_loss=2 / 3, seconds=1.5),),
+        kept_epoch=1,
+        trained_params=10,
+        seconds=1.6,
+    )
+    linear = LinearReport(name=f"{name}.up", rank=4, params_before=100, params=80, tokens=7)
+    block = BlockReport(
+        index=index,
+        name=name,
+        calibration=error,
+        held_out=None,
+        unrefined_calibration=error,
+        refinement=refinement,
+        seconds={"solve": 0.1},
+        peak_bytes=1,
+    )
+    return [linear], block
+
+
+def keep(state: RunState, index: int) -> None:
+    linears, block = reports(index)
+    state.save(index, tensors(index), linears, block, [f"remark {index}"])
+
+
+@pytest.fixture
+def left(out: Path, manifest: RunManifest) -> Path:
+    """The folder of a run that was cut off after two blocks."""
+    with RunState.begin(out, manifest) as state:
+        keep(state, 0)
+        keep(state, 1)
+    return state_folder(out)
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[min(int(place * len(content)), len(content) - 1)] ^= 1
+    path.write_bytes(content)
+
+
+def test_it_reads_back(left, out, manifest):
+    assert {path.name for path in left.iterdir()} == {LOCK, *ALL_FILES}
+    with RunState.resume(out) as state:
+        assert state.manifest == manifest
+        assert [entry.index for entry in state.finished] == [0, 1]
+        for index, entry in enumerate(state.finished):
+            linears, block = reports(index)
+            assert (entry.linears, entry.block) == (tuple(linears), block)
+            assert entry.warnings == (f"remark {index}",)
+            assert_same_bits(state.load(index), tensors(index))
+
+
+def test_tensors_of_a_low_rank_linear_read_back(out, manifest):
+    generator = torch.Generator().manual_seed(0)
+    linear = LowRankLinear(6, 4, rank=2, bias=True, dtype=torch.bfloat16)
+    for parameter in linear.parameters():
+        parameter.data.normal_(generator=generator)
+    saved = linear.state_dict()
+    assert any(tensor.numel() == 0 for tensor in saved.values())
+    with RunState.begin(out, manifest) as state:
+        state.save(0, saved, *reports(0))
+        assert_same_bits(state.load(0), saved)
+        again = LowRankLinear(6, 4, rank=2, bias=True, dtype=torch.bfloat16)
+        again.load_state_dict(state.load(0))
+    assert torch.equal(again.expand.weight, linear.expand.weight)
+
+
+def test_what_was_loaded_outlives_the_folder(left, out):
+    with RunState.resume(out) as state:
+        loaded = state.load(1)
+        state.remove()
+    assert_same_bits(loaded, tensors(1))
+
+
+def test_a_resumed_run_goes_on(left, out):
+    with RunState.resume(out) as state:
+        keep(state, 2)
+    with RunState.resume(out) as state:
+        assert len(state.finished) == 3
+        assert_same_bits(state.load(2), tensors(2))
+
+
+@pytest.mark.parametrize("index", [1, 3])
+def test_blocks_are_kept_in_order(left, out, index):
+    with (
+        RunState.resume(out) as state,
+        pytest.raises(CheckpointError, match=rf"block {index} cannot .* block 2 is next"),
+    ):
+        keep(state, index)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_block_that_is_not_finished_is_not_loaded(left, out, index):
+    with (
+        RunState.resume(out) as state,
+        pytest.raises(CheckpointError, match=f"block {index} is not finished"),
+    ):
+        state.load(index)
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("recipe_fingerprint", "another recipe;"),
+        ("model_fingerprint", "another model;"),
+        ("calibration_fingerprint", "another calibration text;"),
+        ("dtype", r"another dtype \(bfloat16, not other\);"),
+    ],
+)
+def test_another_run_is_refused_by_name(left, out, key, named):
+    with RunState.resume(out) as state:
+        state.require(**FINGERPRINTS)
+        with pytest.raises(CheckpointError, match=named):
+            state.require(**FINGERPRINTS | {key: "other"})
+
+
+def test_all_that_is_another_is_named(left, out):
+    named = "another recipe, model, calibration text, dtype"
+    with RunState.resume(out) as state, pytest.raises(CheckpointError, match=named):
+        state.require(**dict.fromkeys(FINGERPRINTS, "other"))
+
+
+def test_differences_of_versions(left, out):
+    with RunState.resume(out) as state:
+        assert state.differences(state.manifest.versions) == []
+        now = {"torch": "2.14.0", "threads": "2", "device": "cpu"}
+        assert state.differences(now) == ["torch 2.13.0 -> 2.14.0", "device none -> cpu"]
+        assert state.differences({"torch": "2.13.0"}) == ["threads 2 -> none"]
+
+
+def test_what_is_no_unfinished_run(out, left, manifest):
+    with pytest.raises(CheckpointError, match=r"no unfinished run for .*other; start without"):
+        RunState.resume(out.parent / "other")
+    with pytest.raises(CheckpointError, match=r"unfinished run is in .*--resume, or delete it"):
+        RunState.begin(out, manifest)
+    with RunState.resume(out) as state:  # untouched by both
+        assert len(state.finished) == 2
+
+
+def test_a_run_is_told_from_none(left, out):
+    assert has_run(out)
+    with pytest.raises(CheckpointError, match=r"unfinished run is in .*--resume, or delete it"):
+        require_no_run(out)
+    RunState.resume(out).remove()
+    assert not has_run(out)
+    require_no_run(out)
+
+
+def test_blocks_without_a_manifest_are_not_written_over(left, out, manifest):
+    (left / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"nothing is finished .* no run\.json"):
+        RunState.resume(out)
+    with pytest.raises(CheckpointError, match=r"holds files but no run\.json; delete it"):
+        RunState.begin(out, manifest)
+    assert (left / "block-0001.json").exists()
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, function: str, call: int, after: bool) -> None:
+    """Stop the process at one call of a function of `os`, before or after its work."""
+    real, calls = getattr(os, function), iter(range(100))
+
+    def stopping(*values: object) -> None:
+        last = next(calls) == call
+        if not (last and not after):
+            real(*values)
+        if last:
+            raise Killed
+
+    monkeypatch.setattr(os, function, stopping)
+
+
+# a save calls fsync for its tensors, the folder, its JSON and the folder, and replace twice
+STAGES = [("fsync", call, after) for call in range(4) for after in (False, True)] + [
+    ("replace", call, after) for call in range(2) for after in (False, True)
+]
+
+
+@pytest.mark.parametrize(("function", "call", "after"), STAGES)
+def test_a_block_killed_while_it_is_written(left, out, monkeypatch, function, call, after):
+    with RunState.resume(out) as state, monkeypatch.context() as patch:
+        killed_at(patch, function, call, after)
+        with pytest.raises(Killed):
+            keep(state, 2)
+    done = (function, call, after) == ("replace", 1, True) or (function, call) == ("fsync", 3)
+    with RunState.resume(out) as state:
+        assert len(state.finished) == 3 if done else 2
+        assert not list(left.glob("*.partial"))
+        if not done:
+            keep(state, 2)
+        for index in range(3):
+            assert_same_bits(state.load(index), tensors(index))
+
+
+@pytest.mark.parametrize("stage", [("fsync", 0, False), ("fsync", 1, True), ("replace", 0, False)])
+def test_a_run_killed_before_its_manifest_starts_over(out, manifest, monkeypatch, stage):
+    with monkeypatch.context() as patch:
+        killed_at(patch, *stage)
+        with pytest.raises(Killed):
+            RunState.begin(out, manifest)
+    with pytest.raises(CheckpointError, match="nothing is finished in"):
+        RunState.resume(out)
+    with RunState.begin(out, manifest) as state:
+        keep(state, 0)
+        assert not list(state.folder.glob("*.partial"))
+
+
+def test_a_torn_passing_file_is_ignored(left, out):
+    (left / "block-0002.safetensors.partial").write_bytes(b"half")
+    (left / "block-0002.safetensors").write_bytes(b"of a block without its JSON")
+    with RunState.resume(out) as state:
+        assert len(state.finished) == 2
+        assert not list(left.glob("*.partial"))
+        keep(state, 2)
+        assert_same_bits(state.load(2), tensors(2))
+
+
+@pytest.mark.parametrize("place", [0.0, 0.01, 0.2, 0.5, 0.8, 0.99, 1.0])
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_a_flipped_bit_is_seen(left, out, name, place):
+    flip(left / name, place)
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: .*; delete ") as caught:
+        RunState.resume(out)
+    if name != MANIFEST:
+        assert f"delete {name.split('.')[0]}.* and the blocks after it" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 20, -7, -1])
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_a_truncated_file_is_seen(left, out, name, size):
+    path = left / name
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+        RunState.resume(out)
+
+
+def test_damage_after_opening_is_seen(left, out):
+    with RunState.resume(out) as state:
+        flip(left / "block-0001.safetensors", 0.9)
+        with pytest.raises(CheckpointError, match=r"block-0001\.safetensors is damaged"):
+            state.load(1)
+        (left / "block-0000.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"cannot read .*block-0000\.safetensors"):
+            state.load(0)
+
+
+@pytest.mark.parametrize("name", ["block-0000.json", "block-0001.safetensors"])
+def test_a_missing_file_is_seen(left, out, name):
+    (left / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"lacks {name}.*; delete {name.split('.')[0]}"):
+        RunState.resume(out)
+
+
+def test_a_block_in_the_place_of_another_is_seen(left, out):
+    for ending in ("json", "safetensors"):
+        shutil.copy(left / f"block-0000.{ending}", left / f"block-0001.{ending}")
+    with pytest.raises(CheckpointError, match=r"block-0001\.json is of block 0"):
+        RunState.resume(out)
+
+
+def test_the_advice_on_a_damaged_block_helps(left, out):
+    flip(left / "block-0001.json", 0.5)
+    for path in left.glob("block-0001.*"):
+        path.unlink()
+    with RunState.resume(out) as state:
+        assert len(state.finished) == 1
+        keep(state, 1)
+
+
+def test_another_version_is_named(out, manifest):
+    newer = manifest.model_copy(update={"format_version": 2})
+    RunState.begin(out, newer).close()
+    with pytest.raises(CheckpointError, match=r"format version 2, .* reads version 1\); delete"):
+        RunState.resume(out)
+
+
+def test_the_folder_is_for_one_process(out, manifest):
+    first = RunState.begin(out, manifest)
+    with pytest.raises(CheckpointError, match=r"another process works on .*small"):
+        RunState.begin(out, manifest)
+    with pytest.raises(CheckpointError, match=r"another process works on .*small"):
+        RunState.resume(out)
+    first.close()
+    first.close()
+    with RunState.resume(out), pytest.raises(CheckpointError, match="another process"):
+        RunState.resume(out)
+    RunState.resume(out).close()
+
+
+def test_a_refused_folder_is_not_kept_locked(left, out, manifest):
+    content = (left / "block-0001.json").read_bytes()
+    flip(left / "block-0001.json", 0.5)
+    with pytest.raises(CheckpointError, match="damaged"):
+        RunState.resume(out)
+    with pytest.raises(CheckpointError, match="an unfinished run is in"):
+        RunState.begin(out, manifest)
+    (left / "block-0001.json").write_bytes(content)
+    RunState.resume(out).close()
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+import torch
+from slimrank.checkpoint import RunState
+
+state = RunState.resume(Path(sys.argv[1]))
+entry = state.finished[0]
+state.save(2, {"weight": torch.ones(3)}, entry.linears, entry.block)
+
+def replace(*_):
+    print("ready", flush=True)
+    time.sleep(600)
+
+os.replace = replace
+state.save(3, {"weight": torch.ones(3)}, entry.linears, entry.block)
+"""
+
+
+def test_a_second_process_and_its_sigkill(left, out):
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(out)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        try:
+            assert other.stdout.readline() == "ready\n"
+            with pytest.raises(CheckpointError, match="another process works on"):
+                RunState.resume(out)
+        finally:
+            other.send_signal(signal.SIGKILL)
+    assert list(left.glob("*.partial"))
+    with RunState.resume(out) as state:
+        assert [entry.index for entry in state.finished] == [0, 1, 2]
+        assert torch.equal(state.load(2)["weight"], torch.ones(3))
+        keep(state, 3)
+
+
+def test_a_full_disk(left, out, manifest, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    message = r"cannot write .*block-0002\.safetensors: No space left .* before is kept"
+    with RunState.resume(out) as state:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(CheckpointError, match=message):
+                keep(state, 2)
+            with pytest.raises(CheckpointError, match=r"cannot write .*: No space left"):
+                RunState.begin(out.parent / "other", manifest)
+        assert not list(left.glob("*.partial"))
+        assert len(state.finished) == 2
+        keep(state, 2)  # once there is room
+        assert_same_bits(state.load(2), tensors(2))
+
+
+def test_remove_leaves_nothing(left, out, manifest):
+    (left / "block-0007.safetensors.partial").write_bytes(b"torn")
+    state = RunState.resume(out)
+    state.remove()
+    assert not list(out.parent.iterdir())
+    RunState.begin(out, manifest).close()
+
+
+@pytest.mark.parametrize(("call", "finished"), [(0, 2), (1, 1), (2, 1), (3, 0), (4, 0)])
+def test_a_removal_that_is_killed_can_be_resumed(left, out, monkeypatch, call, finished):
+    state = RunState.resume(out)
+    with monkeypatch.context() as patch:
+        killed_at(patch, "unlink", call, after=False)
+        with pytest.raises(Killed):
+            state.remove()
+    with RunState.resume(out) as state:
+        assert len(state.finished) == finished
+
+
+def test_a_removal_that_is_refused(left, out, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    state = RunState.resume(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", refuse)
+        with pytest.raises(CheckpointError, match=r"cannot remove .*Permission denied"):
+            state.remove()
+    RunState.begin(out, state.manifest).close()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, manifest):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write .*: Not a directory"):
+        RunState.begin(tmp_path / "file" / "out", manifest)

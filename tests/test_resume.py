@@ -1,0 +1,379 @@
+"""A run that was cut off anywhere goes on to the folder that an unbroken run writes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import slimrank
+from slimrank import CompressionOptions, TokenWindows, compress
+from slimrank.checkpoint.state import MANIFEST, state_folder
+from slimrank.errors import CheckpointError, NumericalWarning, RecipeError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:uniform ranks do better:slimrank.errors.NumericalWarning"
+)
+BLOCKS = 3
+METHOD = {"method": "aa-svd", "refine": {"preset": "fast", "epochs": 3}}
+TIMES = ("seconds", "peak_bytes")
+
+
+class CutOff(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def text(make_windows):
+    return make_windows(12, 24)
+
+
+@pytest.fixture(scope="module")
+def dense(make_folder):
+    return make_folder("qwen2", num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def start(dense, make_recipe, text, out):
+    """`start(**compress)` works on `out`; `stop=k` cuts it off once k blocks are finished."""
+
+    def begin(stop=None, model=None, recipe=None, **others):
+        options = CompressionOptions(track=stopping(stop))
+        values = {"out": out, "windows": text, "options": options, **others}
+        return compress(
+            dense if model is None else model, recipe or make_recipe(**METHOD), **values
+        )
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def unbroken(dense, make_recipe, text, tmp_path_factory):
+    """`unbroken(**recipe)` is the folder of a run that was not cut off."""
+
+    def make(**recipe):
+        folder = tmp_path_factory.mktemp("unbroken") / "small"
+        compress(dense, make_recipe(**recipe), out=folder, windows=text)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(unbroken):
+    return unbroken(**METHOD)
+
+
+def stopping(after):
+    def track(steps, what):
+        for step in steps:
+            if what == "compressing" and step == after:
+                raise CutOff
+            yield step
+
+    return track
+
+
+def cut_off(start, after, **others):
+    with pytest.raises(CutOff):
+        start(stop=after, **others)
+
+
+def timeless(values):
+    """A report without what time and memory it took."""
+    if isinstance(values, dict):
+        return {key: timeless(x) for key, x in values.items() if key not in TIMES}
+    return [timeless(x) for x in values] if isinstance(values, list) else values
+
+
+def assert_same_folder(out, expected):
+    files = {path.name for path in expected.iterdir()}
+    assert {path.name for path in out.iterdir()} == files
+    assert "model.safetensors" in files
+    for name in files - {"report.json"}:
+        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
+    one, other = (json.loads((folder / "report.json").read_text()) for folder in (out, expected))
+    assert timeless(one) == timeless(other)
+
+
+def blocks_kept(out):
+    return len(list(state_folder(out).glob("block-*.json")))
+
+
+@pytest.mark.parametrize("after", range(BLOCKS))
+def test_cut_off_after_any_block(after, start, whole, out):
+    cut_off(start, after)
+    assert not out.exists()
+    assert blocks_kept(out) == after
+    start(resume=True)
+    assert_same_folder(out, whole)
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+
+
+def test_cut_off_while_the_folder_is_written(start, whole, out, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            start()
+    assert blocks_kept(out) == BLOCKS
+    with monkeypatch.context() as patch:
+        patch.setattr("slimrank.sequential.refine_block", None)  # all of it is there already
+        start(resume=True)
+    assert_same_folder(out, whole)
+
+
+def test_cut_off_in_the_middle_of_a_training(start, whole, out, monkeypatch):
+    real = slimrank.sequential.refine_block
+
+    def refine(*arguments):
+        report = real(*arguments)
+        if arguments[-1] == 1:
+            raise KeyboardInterrupt
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimrank.sequential.refine_block", refine)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    assert blocks_kept(out) == 1
+    start(resume=True)
+    assert_same_folder(out, whole)
+
+
+def test_cut_off_again_and_again(start, whole, out):
+    cut_off(start, 0)
+    for after in (1, 1, 2):
+        cut_off(start, after, resume=True)
+        assert blocks_kept(out) == after
+    start(resume=True)
+    assert_same_folder(out, whole)
+
+
+def test_a_model_in_memory_goes_on(dense, start, whole, out, tiny_tokenizer, make_model):
+    """It is put back when it is cut off, so it is still the model that was begun with."""
+    model = make_model("qwen2", num_hidden_layers=BLOCKS)
+    cut_off(start, 2, model=model)
+    start(model=model, resume=True)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, whole)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"method": "svd-llm", "within_block": "greedy"},
+        {"method": "svd", "order": "sequential"},
+        {"method": "shift-aware", "keep": 0.7, "kv_cache": {"keep": 0.5}},
+        {**METHOD, "dtype": "bfloat16"},
+        {"method": "aa-svd", "targets": ["re:.*layers\\.[12]\\.mlp"]},
+    ],
+    ids=["greedy", "svd", "cache", "bfloat16", "targets"],
+)
+def test_other_recipes(recipe, start, unbroken, out, make_recipe):
+    cut_off(start, 2, recipe=make_recipe(**recipe))
+    start(recipe=make_recipe(**recipe), resume=True)
+    assert_same_folder(out, unbroken(**recipe))
+
+
+def test_dynamic_ranks_are_not_searched_for_again(start, unbroken, out, make_recipe, monkeypatch):
+    recipe = {"method": "aa-svd", "allocation": "swift"}
+    monkeypatch.setattr("slimrank.search.IMPORTANCE_WEIGHTS", (0.0, 1.0))
+    cut_off(start, 1, recipe=make_recipe(**recipe))
+    with monkeypatch.context() as patch:
+        patch.setattr("slimrank.compression.write_profile", None)
+        patch.setattr("slimrank.compression.choose_ranks", None)
+        report = start(recipe=make_recipe(**recipe), resume=True)
+    assert len(report.allocation.trials) == 2
+    assert_same_folder(out, unbroken(**recipe))
+
+
+def test_finished_blocks_are_not_made_again(start, out, monkeypatch):
+    cut_off(start, 2)
+    trained = []
+    real = slimrank.sequential.refine_block
+
+    def refine(*arguments):
+        trained.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr("slimrank.sequential.refine_block", refine)
+    report = start(resume=True)
+    assert trained == [2]
+    assert report.seconds["resume"] > 0
+
+
+def test_warnings_of_finished_blocks_are_given_again(dense, start, make_windows, make_recipe):
+    few = make_windows(1, 5)
+    recipe = make_recipe(method="aa-svd")
+    with pytest.warns(NumericalWarning, match="saw 5 tokens"):
+        cut_off(start, 2, recipe=recipe, windows=few)
+    with pytest.warns(NumericalWarning, match="saw 5 tokens"):
+        report = start(recipe=recipe, windows=few, resume=True)
+    for block in range(BLOCKS):
+        assert any(x.startswith(f"model.layers.{block}.") for x in report.warnings)
+
+
+def test_resume_without_a_run_starts_one(start, whole, out):
+    start(resume=True)
+    assert_same_folder(out, whole)
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+
+
+def test_a_run_is_not_overwritten(start, out, monkeypatch):
+    cut_off(start, 1)
+    monkeypatch.setattr("slimrank.compression.open_dense", None)
+    with pytest.raises(CheckpointError, match=r"an unfinished run is in .*; go on with --resume"):
+        start()
+    assert blocks_kept(out) == 1
+
+
+def test_a_folder_that_is_done_is_not_gone_on_with(start, out):
+    start()
+    with pytest.raises(CheckpointError, match="exists already"):
+        start(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"keep": 0.6}, "another recipe;"),
+        ({"refine": {"preset": "fast", "seed": 1}}, "another recipe;"),
+        ({"ridge": 0.02}, "another recipe;"),
+        ({"dtype": "bfloat16"}, r"another recipe, model, dtype \(float32, not bfloat16\);"),
+    ],
+)
+def test_another_recipe_is_refused(change, named, start, out, make_recipe):
+    cut_off(start, 1)
+    with pytest.raises(CheckpointError, match=f"begun with {named} give what") as caught:
+        start(recipe=make_recipe(**METHOD | change), resume=True)
+    assert "\n" not in str(caught.value)
+    assert blocks_kept(out) == 1
+    start(resume=True)
+
+
+def test_another_model_is_refused(start, make_folder, make_model):
+    cut_off(start, 1)
+    other = make_folder("qwen2", num_hidden_layers=BLOCKS, seed=1)
+    almost = make_model("qwen2", num_hidden_layers=BLOCKS)
+    almost.model.norm.weight.data[0] += 1e-6
+    for model in (other, almost):
+        with pytest.raises(CheckpointError, match="begun with another model; give what"):
+            start(model=model, resume=True)
+
+
+@pytest.mark.parametrize("position", [0, -1], ids=["calibration", "held out"])
+def test_another_text_is_refused(position, start, text):
+    """The held-out windows too: a training stops by them."""
+    cut_off(start, 1)
+    changed = [window.clone() for window in text.windows]
+    changed[position][3] = (changed[position][3] + 1) % 90
+    with pytest.raises(CheckpointError, match="begun with another calibration text; give what"):
+        start(windows=TokenWindows(tuple(changed)), resume=True)
+
+
+def test_another_version_is_told(start, monkeypatch):
+    cut_off(start, 1)
+    real = slimrank.compression.environment
+    monkeypatch.setattr(
+        "slimrank.compression.environment", lambda model: real(model) | {"threads": "64"}
+    )
+    with pytest.warns(NumericalWarning, match=r"begun with another threads 1 -> 64; its bits may"):
+        report = start(resume=True)
+    assert any("threads 1 -> 64" in warning for warning in report.warnings)
+
+
+def test_only_a_sequential_run_to_a_folder_is_resumed(start, make_recipe, make_model, out):
+    for values in (
+        {"recipe": make_recipe()},
+        {"model": make_model("llama"), "out": None},
+    ):
+        with pytest.raises(RecipeError, match="only a sequential run that writes a folder"):
+            start(resume=True, **values)
+    assert not out.exists()
+
+
+def test_damage_is_refused(start, out):
+    cut_off(start, 2)
+    path = state_folder(out) / "block-0001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"block-0001\.safetensors is damaged: .* delete"):
+        start(resume=True)
+
+
+def test_blocks_that_do_not_fit_are_refused(start, out, monkeypatch):
+    cut_off(start, 1)
+
+    def load(_self, _index):
+        return {"self_attn.q_proj.weight": torch.zeros(3)}
+
+    monkeypatch.setattr("slimrank.checkpoint.RunState.load", load)
+    with pytest.raises(CheckpointError, match="block 0 of the unfinished run does not fit"):
+        start(resume=True)
+
+
+def killed_runs(arguments, out, moments):
+    """Kill a run at each moment after it has begun to keep blocks; say how often it was alive."""
+    alive = 0
+    for moment in moments:
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        )
+        while process.poll() is None and not (state_folder(out) / MANIFEST).exists():
+            time.sleep(0.01)
+        started = blocks_kept(out)
+        while process.poll() is None and blocks_kept(out) == started > 0:
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        alive += process.wait() == -signal.SIGKILL
+    return alive
+
+
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(Path(slimrank.__file__).parent.parent),
+}
+
+
+def test_sigkill_at_any_moment(dense_folder, text_file, out, tmp_path_factory):
+    """In processes of their own, through the command line, and the other run in this one."""
+    flags = ["--keep", "0.5", "--method", "aa-svd", "--refine", "fast", "--num-sequences", "48"]
+    flags += ["--sequence-length", "48", "--calibration", str(text_file)]
+    command = [sys.executable, "-m", "slimrank", "compress", str(dense_folder)]
+    generator = random.Random(5)
+    moments = [generator.uniform(0, 0.6) for _ in range(3)]
+    assert killed_runs([*command, str(out), *flags, "--resume"], out, moments) == 3
+    done = subprocess.run(
+        [*command, str(out), *flags, "--resume"],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [path.name for path in out.parent.iterdir()] == ["small"]
+    expected = tmp_path_factory.mktemp("unbroken") / "small"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumericalWarning)
+        compress(
+            dense_folder, slimrank.CompressionRecipe.from_file(out / "recipe.yaml"), out=expected
+        )
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, expected)]
+    assert weights[0] == weights[1]
