@@ -164,7 +164,7 @@ def test_cut_off_again_and_again(start, whole, out):
     assert_same_folder(out, whole)
 
 
-def test_a_model_in_memory_goes_on(dense, start, whole, out, tiny_tokenizer, make_model):
+def test_a_model_in_memory_goes_on(start, whole, out, make_model):
     """It is put back when it is cut off, so it is still the model that was begun with."""
     model = make_model("qwen2", num_hidden_layers=BLOCKS)
     cut_off(start, 2, model=model)
@@ -217,11 +217,10 @@ def test_finished_blocks_are_not_made_again(start, out, monkeypatch):
     assert report.seconds["resume"] > 0
 
 
-def test_warnings_of_finished_blocks_are_given_again(dense, start, make_windows, make_recipe):
+def test_warnings_of_finished_blocks_are_given_again(start, make_windows, make_recipe):
     few = make_windows(1, 5)
     recipe = make_recipe(method="aa-svd")
-    with pytest.warns(NumericalWarning, match="saw 5 tokens"):
-        cut_off(start, 2, recipe=recipe, windows=few)
+    cut_off(start, 2, recipe=recipe, windows=few)
     with pytest.warns(NumericalWarning, match="saw 5 tokens"):
         report = start(recipe=recipe, windows=few, resume=True)
     for block in range(BLOCKS):

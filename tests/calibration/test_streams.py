@@ -247,3 +247,10 @@ def test_a_model_that_leaves_blocks_out_is_refused(make_model):
     model.config.num_hidden_layers = 1
     with pytest.raises(ModelError, match="LlamaForCausalLM passes more than hidden states"):
         embedded(model, drawn(24, 24), anatomy=anatomy)
+
+
+def test_lengths_are_told_apart_even_where_blocks_are_not_told():
+    model = Told(lambda ids: 2.0)
+    streams = embedded(model, drawn(9, 8, 9, 8), anatomy=Anatomy("layers", ((), ()), None))
+    assert list(streams.groups(range(4))) == [[0, 2], [1, 3]]
+    assert stacked(streams.store, (ORIGINAL,), [1, 3]).shape == (2, 8, 8)

@@ -580,3 +580,20 @@ def test_streamed_moments_in_float32_give_the_solution_of_all_tokens(size):
         measured = measured_loss(weight, solved.truncate(rank).dense(), exact)
         assert measured / best[rank] - 1 <= EXCESS
         assert solved.loss(rank) == pytest.approx(measured, abs=1e-9 * solved.energy)
+
+
+def test_what_float32_shows_beyond_the_tokens_is_not_regressed_on():
+    """70 tokens of 90 features: the other 20 directions of the moment are rounding."""
+    weight = normal(1, 5, 90)
+    x, z = (stream.float() for stream in streams_of(2, 70, 90))
+    original, shifted, drift = MomentAccumulator(90), MomentAccumulator(90), DriftAccumulator(90)
+    original.update(x)
+    shifted.update(z)
+    drift.update(x, z)
+    streamed = Moments(original.result().original, 70, shifted.result().original, drift.result())
+    exact = decompose_anchored(weight, moments_of((x.double(), z.double())))
+    found = decompose_anchored(weight, streamed)
+    gap = float((found.target - exact.target).norm())
+    assert gap < 1e-2 * float(exact.target.norm())
+    untold = decompose_anchored(weight, replace(streamed, tokens=1000))
+    assert float((untold.target - exact.target).norm()) > 10 * gap

@@ -73,7 +73,7 @@ Ridge = Annotated[
     float | None,
     typer.Option(
         help="Share of the mean diagonal that is added to the moments, which draws the factors to "
-        "the weight. [default: 0.01 for aa-svd, 0 for the others]"
+        "the weight. [default: 0.1 for aa-svd, 0 for the others]"
     ),
 ]
 WithinBlock = Annotated[

@@ -62,7 +62,7 @@ class AASVD:
 
     name: ClassVar[str] = "aa-svd"
     needs: ClassVar[frozenset[str]] = frozenset({"original", "shifted"})
-    default_ridge: ClassVar[float] = 0.01
+    default_ridge: ClassVar[float] = 0.1
     paper: ClassVar[str] = "AA-SVD (arXiv 2604.02119), theorem 3.2, objective 4"
     objective: ClassVar[str] = "E ‖W x − W' x'‖²"
     anchor: float = 1.0
