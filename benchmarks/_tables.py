@@ -154,6 +154,162 @@ def kv_cache() -> None:
             )
 
 
+def objectives() -> None:
+    """Four objectives, unrefined and refined, beside the paper's table 5."""
+    record = read("objectives")
+    base = record["settings"]["base"]
+    names = {"svd": "1 `svd`", "swift-svd": "2 `swift-svd`", "shift-aware": "3 `shift-aware`"}
+    names["aa-svd"] = "4 `aa-svd`"
+    papers = {
+        ("svd", 0.8): ("2e4", "7.35"),
+        ("swift-svd", 0.8): ("7.89", "6.89"),
+        ("shift-aware", 0.8): ("8.22", "7.28"),
+        ("aa-svd", 0.8): ("7.68", "7.08"),
+        ("svd", 0.6): ("5e5", "10.93"),
+        ("swift-svd", 0.6): ("13.11", "8.35"),
+        ("shift-aware", 0.6): ("14.87", "8.54"),
+        ("aa-svd", 0.6): ("12.19", "8.52"),
+    }
+    header("kept, objective", "unrefined", "refined", "other text: unrefined", "refined", "paper")
+    for keep in (0.8, 0.6, 0.4):
+        for method, name in names.items():
+            found = [_perplexities(record, keep, method, refined) for refined in (False, True)]
+            if not any(found):
+                continue
+            row(
+                f"{keep}, {name}",
+                *(_spread([x["test"] for x in values]) for values in found),
+                *(_spread([x["other"] for x in values]) for values in found),
+                " / ".join(papers.get((method, keep), ("-",))),
+            )
+    dense = next(x for x in record["results"] if x["wanted"] == "dense")["perplexity"]
+    print()
+    print(
+        f"SmolLM2-135M, calibrated on {base['sequences']} x {base['length']} tokens of Wikipedia "
+        "prose and 8 sequences held out; refined: the paper's settings with 10\nepochs. Perplexity "
+        "on all of the WikiText-2 test split in windows of 1,024 tokens, and on a manual of a "
+        f"programming language (dense {dense['test']:.2f} and {dense['other']:.2f}).\nMean over "
+        "seeds, and the smallest and largest where there are several. The paper's column is "
+        "LLaMA-7B on WikiText-2, its calibration domain\n"
+        "([figures](../benchmarks/results/objectives.json), in float32 on a GPU)."
+    )
+
+
+def better() -> None:
+    """The short version, for the README."""
+    record = read("objectives")
+    paper = {"preset": "paper", "epochs": 10}
+    fast = {"preset": "fast", "learning_rate": 3e-4, "batch_sequences": 8, "epochs": 8}
+    header("SmolLM2-135M, keep 0.8", "WikiText-2 test", "text of another kind")
+    for name, keys in (
+        ("`swift-svd`", {"method": "swift-svd", "refine": "off", "within_block": None}),
+        ("`aa-svd`", {"method": "aa-svd", "refine": "off", "ridge": 0.1}),
+        ("`aa-svd`, refined, 10 epochs of `paper`", {"ridge": 0.1, "refine": paper}),
+        ("`swift-svd`, refined by `fast`", {"method": "swift-svd", "refine": fast}),
+    ):
+        for found in _matching(record, {"keep": 0.8, "seed": 0, **keys}):
+            row(name, *(f"{found['perplexity'][text]:.0f}" for text in ("test", "other")))
+    base = record["settings"]["base"]
+    print()
+    print(
+        f"Perplexity; calibrated on {base['sequences']} sequences of {base['length']} tokens, a "
+        "quarter of the tokens of the table above; one seed\n"
+        "([all figures](benchmarks/results/objectives.json))."
+    )
+
+
+def settings() -> None:
+    """Other settings at 0.8: the ridge of the first runs, shared-out ranks, the fast preset."""
+    record = read("objectives")
+    header("0.8 kept, 32 x 512 tokens, seed 0", "unseen calibration text", "WikiText-2", "other")
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        ("`swift-svd`", {"method": "swift-svd", "refine": "off", "within_block": None}),
+        ("`swift-svd`, within-block greedy", {"within_block": "greedy"}),
+        ("`aa-svd`, ridge 0.01", {"method": "aa-svd", "refine": "off", "ridge": None}),
+        ("`aa-svd`, ridge 0.1", {"method": "aa-svd", "refine": "off", "ridge": 0.1}),
+    ]
+    for name, keys in wanted:
+        _settings_row(record, name, keys)
+    fast = {"preset": "fast", "batch_sequences": 8, "epochs": 8}
+    paper = {"method": "swift-svd", "refine": {"preset": "paper", "epochs": 10}}
+    _settings_row(record, "`swift-svd`, refine paper, 10 epochs (10 steps)", paper)
+    for rate in (3e-4, 1e-3):
+        name = f"`swift-svd`, refine fast, rate {rate:g} (8 epochs, 32 steps)"
+        _settings_row(record, name, {"refine": {**fast, "learning_rate": rate}})
+
+
+def ridge() -> None:
+    """Ridge against tokens, by perplexity on calibration text that no run has seen."""
+    found = read("ridge")["results"]
+    values = {
+        (x["wanted"]["keep"], x["wanted"]["sequences"], x["wanted"]["ridge"]): x["perplexity"]
+        for x in found
+    }
+    sizes = sorted({size for _, _, size in values})
+    header("kept, sequences of 512", *(f"{size:g}" for size in sizes))
+    for keep, count in sorted({(k, c) for k, c, _ in values}, key=lambda x: (-x[0], x[1])):
+        cells = [values.get((keep, count, size)) for size in sizes]
+        row(
+            f"{keep}, {count}",
+            *(f"{x['unseen_calibration_text']:.1f}" if x else "" for x in cells),
+        )
+
+
+def sequence() -> None:
+    """Time and memory of the phases of a sequential run."""
+    record = read("sequence")
+    header(
+        "seconds",
+        "plain forward",
+        "both streams",
+        "ratio",
+        "solves",
+        "refinement",
+        "whole run",
+        "peak, GB",
+    )
+    for name, entry in record["results"].items():
+        said, phases = entry["summary"], entry["phases"]
+        row(
+            f"`{name.replace(', refine off', '').replace(', refine ', '` refined `')}`",
+            f"{said['plain_forward_seconds']:.1f}",
+            f"{said['passes_seconds']:.1f}",
+            f"{said['passes_over_forward']:.1f}, {said['passes_over_forward_of_all_sequences']:.1f}",
+            f"{said['solve_seconds']:.0f}",
+            f"{phases['refine']:.0f}" if "refine" in phases else "-",
+            f"{said['seconds']:.0f}",
+            f"{max(entry['peak_resident_bytes_by_phase'].values()) / 1e9:.2f}",
+        )
+
+
+def _perplexities(record: Any, keep: float, method: str, refined: bool) -> list[dict[str, float]]:
+    size = 0.1 if method == "aa-svd" else None
+    how = {"preset": "paper", "epochs": 10} if refined else "off"
+    wanted = {"keep": keep, "method": method, "ridge": size, "refine": how, "within_block": None}
+    return [x["perplexity"] for x in _matching(record, wanted)]
+
+
+def _matching(record: Any, wanted: dict[str, Any]) -> list[Any]:
+    return [
+        x
+        for x in record["results"]
+        if x["wanted"] != "dense" and all(x["wanted"].get(k) == v for k, v in wanted.items())
+    ]
+
+
+def _settings_row(record: Any, name: str, keys: dict[str, Any]) -> None:
+    for found in _matching(record, {"keep": 0.8, "seed": 0, **keys}):
+        row(name, *(f"{value:.1f}" for value in found["perplexity"].values()))
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = sum(values) / len(values)
+    text = f"{mean:.0f}" if mean < 1e5 else f"{mean:.1e}"
+    return text if len(values) == 1 else f"{text} ({min(values):.0f} to {max(values):.0f})"
+
+
 def coefficients(found: dict[str, Any]) -> list[str]:
     """Both coefficients with their p-values, of all blocks and of the inner ones."""
     return [

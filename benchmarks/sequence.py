@@ -75,14 +75,17 @@ def measure(dense: Any, recipe: CompressionRecipe, windows: Any) -> dict[str, An
         seconds = time.perf_counter() - start
     forwards.append(plain_forward(dense, calibration))
     forward = statistics.median(forwards)
-    passes = sum(report.seconds[p] for p in ("embed", "original", "shifted", "check"))
+    passes = sum(report.seconds[p] for p in ("embed", "original", "shifted"))
+    share = held_out.tokens / calibration.tokens if held_out else 0.0
     return {
         "summary": {
             "seconds": seconds,
             "plain_forward_seconds": forward,
             "passes_seconds": passes,
             "passes_over_forward": passes / forward,
-            "held_out_share_of_tokens": held_out.tokens / calibration.tokens if held_out else 0,
+            "held_out_share_of_tokens": share,
+            "passes_over_forward_of_all_sequences": passes / forward / (1 + share),
+            "check_seconds": report.seconds["check"],
             "solve_seconds": report.seconds["solve"],
         },
         "forwards": forwards,

@@ -205,11 +205,17 @@ def _factorise(model: str | Path | nn.Module, job: _Job, profile: str | Path | N
 def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) -> Made:
     """Choose ranks and replace the linears, by the shortest way that the recipe leaves."""
     recipe, options, clock = job.recipe, job.options, job.clock
+    is_built = recipe.for_profile() == recipe and not recipe.is_sequential
+    if opened is not None and not is_built and recipe.allocation == "uniform":
+        raise RecipeError(
+            f"nothing of the profile would be used: {recipe.method} in this order is not made from "
+            "one, and uniform ranks need none; leave --profile out, or say --allocation swift"
+        )
     if recipe.is_sequential:
         return _make_in_sequence(source, work, job, opened)
     if opened is None and recipe.allocation == "swift":
         opened = _passing_profile(source, work, job)
-    if opened is not None and recipe.for_profile() == recipe:
+    if opened is not None and is_built:
         return build(source.model, work, recipe, opened, options, clock)
     ranks, allocation = choose_ranks(source.model, work, recipe, opened, options, clock)
     windows = None

@@ -139,14 +139,28 @@ def calibration_memory(
             * (3 * s.dense_params + 4 * min(s.out_features, s.in_features) ** 2 + s.in_features**2)
             for s in shapes
         )
-    if recipe.make_method().needs:
+    needs = recipe.make_method().needs
+    if needs or recipe.is_sequential:
         sample = recipe.calibration
         hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-        result["hidden_states"] = sample.num_sequences * sample.sequence_length * hidden * width
+        tokens = sample.num_sequences * sample.sequence_length
+        result["hidden_states"] = tokens * hidden * width
         # Two accumulators each (all batches, last batch), and their results.
         result["moments"] = max(
             sum(4 * 8 * group.in_features**2 for group in block) for block in anatomy.groups
         )
+        if recipe.is_sequential:
+            tokens += sample.held_out_sequences * sample.sequence_length
+            # In front of a block and behind it, in two streams; all inputs of the original block.
+            result["hidden_states"] = 4 * tokens * hidden * width
+            if needs == {"original", "shifted"}:
+                widest = max(sum(group.in_features for group in block) for block in anatomy.groups)
+                result["hidden_states"] += tokens * width * widest
+                result["moments"] *= 2
+            result["model"] += max(
+                (sum(width * s.shape.dense_params for g in b for s in g.sites))
+                for b in anatomy.groups
+            )
         tokens = default_batch_size(sample.sequence_length) * sample.sequence_length
         result["activations"] = tokens * max(
             sum(width * (s.shape.in_features + s.shape.out_features) for g in b for s in g.sites)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from slimrank.checkpoint import has_run
 from slimrank.cli import options as opt
 from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span, track
 from slimrank.compression import compress
@@ -74,7 +75,13 @@ def compress_command(
     )
     limit = None if memory is None else int(memory * 1e9)
     how = CompressionOptions(device=device, batch_size=batch_size, memory=limit, track=track)
-    report = compress(model, wanted, out=out, profile=profile, options=how, resume=resume)
+    try:
+        report = compress(model, wanted, out=out, profile=profile, options=how, resume=resume)
+    except KeyboardInterrupt:
+        if has_run(out):
+            typer.echo("interrupted: finished blocks are kept; go on with --resume", err=True)
+            raise typer.Exit(130) from None
+        raise
     if json:
         print_json(report.model_dump_json(indent=1))
         return

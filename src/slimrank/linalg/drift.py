@@ -54,21 +54,21 @@ class DriftAccumulator:
         z = shifted.detach().reshape(-1, self.features)
         exact = z.dtype == torch.float64 or len(z) < SMALL_BLOCK
         x, z = (x.double(), z.double()) if exact else (x.float(), z.float())
-        require_squarable(x)
+        drift = x - z
+        sizes = require_squarable(drift)
         require_squarable(z)
         self.tokens += len(z)
-        drift = x - z
-        if not drift.any():
+        if not sizes.any():
             return
         if not self._is_centred and len(z) >= SMALL_BLOCK:
             self._move_centre(typical_mean(z).float().to(self._centre))
         centred = z - self._centre.to(z)
         heavy = heavy_tokens(torch.linalg.vector_norm(centred, dim=1))
-        heavy |= heavy_tokens(torch.linalg.vector_norm(drift, dim=1))
+        heavy |= heavy_tokens(sizes)
         if heavy.any():
             exactly = x[heavy].double() - z[heavy].double()
             self._add(exactly, z[heavy].double() - self._centre.to(z.device))
-            drift, centred = drift[~heavy], centred[~heavy]
+            drift[heavy] = centred[heavy] = 0
         self._add(drift, centred)
 
     def merge(self, other: "DriftAccumulator") -> None:

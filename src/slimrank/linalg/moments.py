@@ -152,7 +152,7 @@ class MomentAccumulator:
         heavy = heavy_tokens(torch.linalg.vector_norm(centred, dim=1))
         if heavy.any():
             self._add(tokens[heavy].double() - centre.double())
-            centred = centred[~heavy]
+            centred[heavy] = 0
         self._add(centred)
         self.tokens += len(tokens)
 
@@ -205,14 +205,16 @@ def _about(first: Tensor, second: Tensor, shift: Tensor, tokens: int) -> tuple[T
     return first + tokens * shift, moved
 
 
-def require_squarable(tokens: Tensor) -> None:
-    """Refuse what would make the sums infinite, or worse."""
-    norms = torch.linalg.vector_norm(tokens, dim=1).square()
+def require_squarable(tokens: Tensor) -> Tensor:
+    """Norms of tokens; refuse what would make the sums infinite, or worse."""
+    sizes: Tensor = torch.linalg.vector_norm(tokens, dim=1)
+    norms = sizes.square()
     if not torch.isfinite(norms.sum()):
         bad = int((~torch.isfinite(norms)).sum())
         raise NumericalError(
             f"{bad} of {len(norms)} activations are NaN, infinite or too large to square"
         )
+    return sizes
 
 
 def heavy_tokens(norms: Tensor) -> Tensor:
