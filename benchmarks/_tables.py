@@ -274,7 +274,8 @@ def sequence() -> None:
             f"`{name.replace(', refine off', '').replace(', refine ', '` refined `')}`",
             f"{said['plain_forward_seconds']:.1f}",
             f"{said['passes_seconds']:.1f}",
-            f"{said['passes_over_forward']:.1f}, {said['passes_over_forward_of_all_sequences']:.1f}",
+            f"{said['passes_over_forward']:.1f}, "
+            f"{said['passes_over_forward_of_all_sequences']:.1f}",
             f"{said['solve_seconds']:.0f}",
             f"{phases['refine']:.0f}" if "refine" in phases else "-",
             f"{said['seconds']:.0f}",

@@ -103,6 +103,19 @@ def test_more_tokens_need_more_memory(make_skeleton, make_recipe):
     assert large["moments"] == small["moments"]
 
 
+def test_two_streams_need_more_memory(make_skeleton, make_recipe):
+    skeleton, calibration = make_skeleton("llama"), {"num_sequences": 16, "sequence_length": 64}
+    one, two, both = (
+        slimrank.plan(skeleton, make_recipe(calibration=calibration, **how)).memory_bytes
+        for how in ({}, {"order": "sequential"}, {"method": "aa-svd"})
+    )
+    # 8 sequences are held out; in front of a block and behind it, in two streams
+    assert two["hidden_states"] == 4 * one["hidden_states"] * 24 // 16
+    # the inputs of q, o, gate and down of the original block: 3 x 32 + 48, against 32 hidden
+    assert both["hidden_states"] - two["hidden_states"] == 24 * 64 * 4 * (3 * 32 + 48)
+    assert both["moments"] == 2 * two["moments"]
+
+
 def test_keeping_all_needs_no_solve(make_skeleton, make_recipe):
     plan = slimrank.plan(make_skeleton("llama"), make_recipe(keep=1.0))
     assert plan.memory_bytes["solve"] == 0

@@ -5,6 +5,7 @@ smaller by what the report says, and the methods that look at activations beat t
 not, by far.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from slimrank.checkpoint import read_report
 from slimrank.demo import continue_text, fetch_model
 from slimrank.evaluation import perplexity
 from slimrank.nn import cache_bytes
+from slimrank.options import CompressionOptions
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
 
 pytestmark = [
@@ -68,13 +70,18 @@ def all_threads():
     torch.set_num_threads(before)
 
 
-def test_the_main_job(tmp_path):
-    source = parse_source(fetch_model())
-    tokenizer = load_tokenizer(source)
+@pytest.fixture(scope="module")
+def dense():
+    """The dense model, not to be changed: reading GGUF takes half a minute."""
+    return load_model(parse_source(fetch_model()))
+
+
+def test_the_main_job(tmp_path, dense):
+    tokenizer = load_tokenizer(parse_source(fetch_model()))
     ids = tokenize(tokenizer, packaged_text("evaluation"))
-    found = {"dense": perplexity(load_model(source), ids, 512, 4).value}
+    found = {"dense": perplexity(dense, ids, 512, 4).value}
     for method in ("swift-svd", "svd-llm", "svd"):
-        model = load_model(source)
+        model = copy.deepcopy(dense)
         report = compress(model, recipe(method), tokenizer=tokenizer, out=tmp_path / method)
         found[method] = perplexity(model, ids, 512, 4).value
         low = [linear for linear in report.linears if linear.rank is not None]
@@ -98,7 +105,7 @@ def test_the_main_job(tmp_path):
     assert found["dense"] < found["swift-svd"] < 0.1 * found["svd"]
 
 
-def test_one_profile_serves_every_size_and_the_cache(tmp_path):
+def test_one_profile_serves_every_size_and_the_cache(tmp_path, dense):
     source = parse_source(fetch_model())
     tokenizer = load_tokenizer(source)
     calibration = {"num_sequences": 8, "sequence_length": 256, "held_out_sequences": 1}
@@ -113,7 +120,7 @@ def test_one_profile_serves_every_size_and_the_cache(tmp_path):
     dynamic = {"allocation": "swift", "swift": {"importance_weight": 0.5}}
     for name, settings in (("uniform", {}), ("dynamic", dynamic)):
         report = compress(
-            load_model(source),
+            copy.deepcopy(dense),
             CompressionRecipe.from_dict(small | settings),
             tokenizer=tokenizer,
             profile=tmp_path / "profile",
@@ -125,7 +132,7 @@ def test_one_profile_serves_every_size_and_the_cache(tmp_path):
             assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-6)
     sizes = [read_report(tmp_path / name).size.target_params for name in ("uniform", "dynamic")]
     assert sizes[0] == sizes[1]
-    latent = load_model(source)
+    latent = copy.deepcopy(dense)
     cached = {"budget": {"param_ratio": 1.0}, "kv_cache": {"keep": 0.5}}
     compress(latent, CompressionRecipe.from_dict(cached), profile=tmp_path / "profile")
     options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -136,3 +143,49 @@ def test_one_profile_serves_every_size_and_the_cache(tmp_path):
         latent(ids, past_key_values=cache, use_cache=True)
     # thirty blocks of 96 + 96 numbers for each token, and one pair of position embeddings of 64
     assert cache_bytes(cache) == 300 * 4 * (30 * 192 + 2 * 64)
+
+
+def test_block_after_block_cut_off_and_resumed(tmp_path, dense):
+    """Three blocks anchored and refined: every promise is kept, and a cut leaves the same bytes."""
+    tokenizer = load_tokenizer(parse_source(fetch_model()))
+    recipe = CompressionRecipe.from_dict(
+        {
+            "budget": {"param_ratio": 0.6},
+            "method": "aa-svd",
+            "targets": [r"re:.*layers\.[012]\."],
+            "refine": {"preset": "fast", "epochs": 2, "batch_sequences": 2},
+            "calibration": {
+                "num_sequences": 8,
+                "sequence_length": 256,
+                "held_out_sequences": 2,
+            },
+        }
+    )
+
+    def cut(steps, _what):
+        for step in steps:
+            if step == 2:
+                raise KeyboardInterrupt
+            yield step
+
+    files = []
+    for name, tracks in (("whole", [None]), ("cut", [cut, None])):
+        for track in tracks:
+            options = CompressionOptions(track=track) if track else CompressionOptions()
+            arguments = {"tokenizer": tokenizer, "out": tmp_path / name, "options": options}
+            model = copy.deepcopy(dense)
+            if track:
+                with pytest.raises(KeyboardInterrupt):
+                    compress(model, recipe, **arguments)
+            else:
+                report = compress(model, recipe, **arguments, resume=len(tracks) > 1)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    low = [linear for linear in report.linears if linear.rank is not None]
+    assert len(low) == 21
+    for linear in low:
+        assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-6)
+    assert len(report.blocks) == 30
+    for block in report.blocks[:3]:
+        assert block.held_out.relative_error <= block.unrefined_held_out.relative_error
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -10,7 +10,13 @@ from safetensors.torch import load_file
 import slimrank
 from slimrank import CompressionOptions, LowRankLinear, TokenWindows, compress
 from slimrank.calibration import hold_out
-from slimrank.errors import CheckpointError, ModelError, NumericalError, NumericalWarning
+from slimrank.errors import (
+    CheckpointError,
+    ModelError,
+    NumericalError,
+    NumericalWarning,
+    RecipeError,
+)
 from slimrank.methods import METHODS
 from slimrank.model import block_path, list_sites
 
@@ -318,12 +324,12 @@ def test_few_tokens_that_are_met_almost_exactly(
 
 def test_moments_of_other_tokens_are_seen(make_model, make_recipe, text, monkeypatch):
     """A check that never fails would be none."""
-    real = slimrank.calibration.lockstep.DriftAccumulator.update
+    real = slimrank.calibration.sums.DriftAccumulator.update
 
     def update(self, original, shifted):
         real(self, original.flip(-2), shifted)
 
-    monkeypatch.setattr("slimrank.calibration.lockstep.DriftAccumulator.update", update)
+    monkeypatch.setattr("slimrank.calibration.sums.DriftAccumulator.update", update)
     with pytest.raises(NumericalError, match=r"but their moments say .*; please report this model"):
         compress(make_model("llama"), make_recipe(method="aa-svd"), windows=text)
 
@@ -393,6 +399,20 @@ def test_a_profile_by_another_method_is_refused(make_model, make_recipe, make_pr
         assert not low_rank(model)
     own = make_recipe(method="svd-llm", order="sequential", **settings)
     assert compress(model, own, windows=text, profile=folder).blocks
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "aa-svd"}, {"method": "svd"}, {"method": "swift-svd", "order": "sequential"}],
+    ids=str,
+)
+def test_a_profile_of_which_nothing_is_used_is_refused(
+    settings, make_model, make_recipe, text, swift_ranks
+):
+    model = make_model("llama", num_hidden_layers=3)
+    with pytest.raises(RecipeError, match="nothing of the profile would be used"):
+        compress(model, make_recipe(**settings), windows=text, profile=swift_ranks[1].folder)
+    assert not low_rank(model)
 
 
 # Greedy ranks: each block keeps what it had, and shares it out anew.

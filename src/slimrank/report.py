@@ -58,7 +58,9 @@ class SizeReport(_Frozen):
 class LinearReport(_Frozen):
     """One linear. Losses are those of the method's objective, its ridge included.
 
-    They are shares of the energy of the target: of the outputs, or of the weight for `svd`.
+    They are shares of the energy of the target: of the outputs, or of the weight for `svd`. In a
+    refined run they are those of the factors that the training started from; what it came to is in
+    `BlockReport`.
 
     Parameters
     ----------

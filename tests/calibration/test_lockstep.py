@@ -29,7 +29,7 @@ from slimrank.calibration import (
 from slimrank.errors import ModelError, NumericalError
 from slimrank.linalg import Factors
 from slimrank.methods import METHODS
-from slimrank.model import discover, replace_linear
+from slimrank.model import InputGroup, discover, replace_linear
 from tiny.models import FUSED
 from tolerances import TOLERANCE
 
@@ -306,7 +306,7 @@ def assert_same_bits(left, right):
 
 def test_what_is_given_again_gives_the_same_bits(family, make_model, windows, monkeypatch):
     given_again = passed(Run(make_model(family), windows), BOTH)
-    monkeypatch.setattr(lockstep, "_finished_children", lambda *_: {})
+    monkeypatch.setattr(lockstep, "_finished", lambda *_: {})
     assert_same_bits(given_again, passed(Run(make_model(family), windows), BOTH))
 
 
@@ -335,7 +335,7 @@ def test_the_shifted_stream_costs_less_than_three_forwards(make_model, windows, 
     original, _ = flops_of(lambda: pass_original(pair, run.anatomy.groups[0], BOTH, run.streams))
     assert original == forward
     assert forward < total - original < 3 * forward
-    monkeypatch.setattr(lockstep, "_finished_children", lambda *_: {})
+    monkeypatch.setattr(lockstep, "_finished", lambda *_: {})
     again, _ = flops_of(lambda: Run(run.dense, windows, replace=shaken).solve(0, BOTH))
     assert again - total > forward / 4
 
@@ -390,6 +390,27 @@ def test_experts_are_one_level(make_experts_model, windows):
             [f".mlp.experts.{n}.{name}_proj" for n in range(4) for name in ("gate", "up")],
             [f".mlp.experts.{n}.down_proj" for n in range(4)],
         ]
+
+
+def test_an_expert_that_the_probe_missed_keeps_its_place(make_experts_model, windows):
+    """Its linears are groups of their own, at the end; their level is that of the others."""
+    run = Run(make_experts_model(), windows)
+    path = "model.layers.0"
+    groups = list(run.anatomy.groups[0])
+    alone = [
+        InputGroup((site,)) for group in groups[2:] for site in group.sites if ".1." in site.name
+    ]
+    rest = [g for g in groups if not any(".1." in site.name for site in g.sites[:1])]
+    assert len(alone) == 3
+    expected = [
+        {site.name for group in level for site in group.sites}
+        for level in call_levels(path, groups)
+    ]
+    found = [
+        {site.name for group in level for site in group.sites}
+        for level in call_levels(path, [*rest, *alone])
+    ]
+    assert found == expected
 
 
 def test_experts_cannot_be_anchored(make_experts_model, windows):

@@ -327,3 +327,22 @@ def test_usage_errors_exit_with_2(model):
     assert runner.invoke(app, ["compress", str(model), "o", "--memory", "-1"]).exit_code == 2
     assert runner.invoke(app, ["compress", str(model)]).exit_code == 2
     assert runner.invoke(app, ["plan", str(model), "--kep", "0.8"]).exit_code == 2
+
+
+def test_interrupting_a_sequential_run_says_how_to_go_on(model, text, tmp_path, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    monkeypatch.setattr("slimrank.sequential.pass_shifted", stop)
+    arguments = ["compress", model, out, "--keep", 0.8, "--order", "sequential", *SMALL]
+    result = runner.invoke(app, [str(a) for a in (*arguments, "--calibration", text)])
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        "interrupted: finished blocks are kept; go on with --resume"
+    )
+    monkeypatch.undo()
+    result = runner.invoke(app, [str(a) for a in (*arguments, "--calibration", text, "--resume")])
+    assert result.exit_code == 0
+    assert left_in(tmp_path) >= {"out"}
+    assert not [name for name in left_in(tmp_path) if name.startswith(".")]

@@ -6,7 +6,6 @@ from slimrank.calibration.lockstep import (
     INPUT,
     TARGET,
     BlockPair,
-    GroupSums,
     OriginalPass,
     call_levels,
     pass_level,
@@ -19,6 +18,7 @@ from slimrank.calibration.replay import Batch, after_blocks, embed_batches, run_
 from slimrank.calibration.sensitivity import output_sensitivity
 from slimrank.calibration.store import ActivationStore, stacked
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams, embed_streams
+from slimrank.calibration.sums import GroupSums
 from slimrank.calibration.text import packaged_text, read_text
 from slimrank.calibration.windows import (
     TokenWindows,

@@ -7,7 +7,6 @@ linears are all solved runs once more at most; its outputs are kept and given ag
 is less than three forwards a stream; the authors' code takes ten.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimrank.calibration.finished import FINISHED, finished_children, given_again
 from slimrank.calibration.store import stacked
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams
+from slimrank.calibration.sums import BlockErrorSums, GroupSums, OutputEnergy
 from slimrank.errors import ModelError, NumericalError
-from slimrank.linalg import DriftAccumulator, MomentAccumulator, Moments
 from slimrank.model import InputGroup
 from slimrank.report import BlockError
 
-TARGET, INPUT, ARRIVED, FINISHED, NEXT = "target", "input", "arrived", "finished", "next"
+TARGET, INPUT, ARRIVED, NEXT = "target", "input", "arrived", "next"
 
 
 class _StopForward(Exception):
@@ -51,56 +51,6 @@ class BlockPair:
     def local(self, name: str) -> str:
         """Name of a linear within the block."""
         return name.removeprefix(f"{self.path}.")
-
-
-class GroupSums:
-    """Moments of one group, over all tokens and over those of the last calibration sequence.
-
-    Parameters
-    ----------
-    group : InputGroup
-    needs : frozenset of str
-        As `slimrank.methods.Method.needs`.
-    device : torch.device
-    """
-
-    def __init__(self, group: InputGroup, needs: frozenset[str], device: torch.device) -> None:
-        self.group = group
-        self._needs = needs
-        width = group.in_features
-        self._moments = [MomentAccumulator(width, device) for _ in range(2)]
-        self._drifts = [DriftAccumulator(width, device) for _ in range(2)]
-
-    def add(self, original: Tensor | None, shifted: Tensor | None, is_last: bool) -> None:
-        """Add tokens of the streams that are looked at.
-
-        Raises
-        ------
-        NumericalError
-            If an activation is not finite, with the linear's name.
-        """
-        arriving = original if shifted is None else shifted
-        assert arriving is not None
-        try:
-            self._moments[is_last].update(arriving)
-            if original is not None and shifted is not None:
-                self._drifts[is_last].update(original, shifted)
-        except NumericalError as error:
-            raise NumericalError(f"the inputs of {self.group.sites[0].name}: {error}") from error
-
-    def results(self) -> tuple[Moments, Moments]:
-        """Over all tokens, and over the last sequence."""
-        last = self._result(1)
-        self._moments[0].merge(self._moments[1])
-        self._drifts[0].merge(self._drifts[1])
-        return self._result(0), last
-
-    def _result(self, which: int) -> Moments:
-        found = self._moments[which].result()
-        if "shifted" not in self._needs:
-            return found
-        drift = self._drifts[which].result()
-        return Moments(original=None, tokens=found.tokens, shifted=found.original, drift=drift)
 
 
 @dataclass(slots=True)
@@ -145,12 +95,12 @@ def pass_original(
     """
     device = next(pair.original.parameters()).device
     found = OriginalPass()
-    outputs: dict[str, _Energy] = {}
+    outputs: dict[str, OutputEnergy] = {}
     if needs == {"original"}:
         found.sums = {g.sites[0].name: GroupSums(g, needs, device) for g in groups}
     if needs == {"original", "shifted"}:
         outputs = {
-            s.name: _Energy(pair.original, pair.local(s.name)) for g in groups for s in g.sites
+            s.name: OutputEnergy(pair.original, pair.local(s.name)) for g in groups for s in g.sites
         }
     last = streams.num_calibration - 1
     for numbers in streams.walk():
@@ -200,7 +150,7 @@ def pass_level(
     device = next(pair.compressed.parameters()).device
     sums = {g.sites[0].name: GroupSums(g, needs, device) for g in level}
     last = streams.num_calibration - 1
-    finished = _finished_children(pair, solved, pending)
+    finished = _finished(pair, solved, pending)
     for numbers in streams.walk():
         if numbers[0] > last:
             continue
@@ -211,7 +161,7 @@ def pass_level(
             )
             for name, total in sums.items()
         }
-        with _before(pair.compressed, takers), _given_again(finished, streams, numbers, seen):
+        with _before(pair.compressed, takers), given_again(finished, streams.store, numbers, seen):
             try:
                 _run(pair.compressed, pair.index, streams, SHIFTED, numbers)
             except _StopForward:
@@ -246,12 +196,12 @@ def pass_shifted(
     NumericalError
         If a hidden state is not finite.
     """
-    sums = [_ErrorSums(), _ErrorSums()]
-    finished = _finished_children(pair, solved, ())
+    sums = [BlockErrorSums(), BlockErrorSums()]
+    finished = _finished(pair, solved, ())
     for numbers in streams.walk():
         is_held_out = numbers[0] >= streams.num_calibration
         again = {} if is_held_out else finished
-        with _given_again(again, streams, numbers, {""}):
+        with given_again(again, streams.store, numbers, {""}):
             hidden = _run(pair.compressed, pair.index, streams, SHIFTED, numbers)
         sums[is_held_out].add(stacked(streams.store, (TARGET,), numbers).to(hidden.device), hidden)
         for number, states in zip(numbers, hidden, strict=True):
@@ -378,123 +328,8 @@ def _before(block: nn.Module, takers: Mapping[str, Callable[[Tensor], None]]) ->
         yield
 
 
-def _finished_children(
+def _finished(
     pair: BlockPair, solved: Sequence[str], pending: Sequence[str]
 ) -> dict[str, nn.Module]:
-    """Children of the block that hold solved linears, and none to be solved."""
-    inside, outside = (
-        {pair.local(name).partition(".")[0] for name in names} for names in (solved, pending)
-    )
-    children = dict(pair.compressed.named_children())
-    return {name: child for name, child in children.items() if name in inside - outside}
-
-
-@contextmanager
-def _given_again(
-    children: Mapping[str, nn.Module],
-    streams: Streams,
-    numbers: list[int],
-    seen: set[str],
-) -> Iterator[None]:
-    """Let children that are finished give what they gave before; write it down the first time.
-
-    Nothing is written down once an input of this pass was `seen`: it may depend on what follows.
-    """
-    store = streams.store
-    with ExitStack() as stack:
-        for name, child in children.items():
-            if all((FINISHED, name, number) in store for number in numbers):
-                states = stacked(store, (FINISHED, name), numbers)
-                extra = store.get((FINISHED, name, "extra", numbers[0]))
-                stack.enter_context(_replaced_forward(child, states, int(extra)))
-            elif not seen:
-
-                def hook(_m: nn.Module, _a: Any, output: Any, name: str = name) -> None:
-                    first, extra = (
-                        (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
-                    )
-                    rest = output[1:] if extra else ()
-                    if seen or len(first) != len(numbers) or any(x is not None for x in rest):
-                        return
-                    for number, states in zip(numbers, first, strict=True):
-                        store.put((FINISHED, name, number), states)
-                        store.put((FINISHED, name, "extra", number), torch.tensor(extra))
-
-                stack.callback(child.register_forward_hook(hook).remove)
-        yield
-
-
-@contextmanager
-def _replaced_forward(child: nn.Module, states: Tensor, items: int) -> Iterator[None]:
-    """Let a module return what is given: a tensor, or a tuple that it begins."""
-    device = next(child.parameters()).device
-
-    def forward(*_args: Any, **_kwargs: Any) -> Any:
-        given = states.to(device)
-        return (given, *[None] * (items - 1)) if items else given
-
-    own = child.__dict__.get("forward")
-    child.forward = forward
-    try:
-        yield
-    finally:
-        del child.forward
-        if own is not None:
-            child.forward = own
-
-
-class _Energy:
-    """Mean squared norm of a linear's outputs, its bias left out."""
-
-    def __init__(self, block: nn.Module, name: str) -> None:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        self._linear, self._sum, self._tokens = linear, 0.0, 0
-
-    @property
-    def mean(self) -> float:
-        return self._sum / max(self._tokens, 1)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Count what the linear gives."""
-
-        def hook(_m: nn.Module, _a: Any, output: Tensor) -> None:
-            tokens = output.reshape(-1, output.shape[-1])
-            tokens = tokens if self._linear.bias is None else tokens - self._linear.bias
-            self._sum += float(tokens.float().square().sum(dim=1).double().sum())
-            self._tokens += len(tokens)
-
-        handle = self._linear.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-@dataclass(slots=True)
-class _ErrorSums:
-    """Over tokens: squared error, squared norm of what was wanted, and distance of directions."""
-
-    error: float = 0.0
-    energy: float = 0.0
-    distance: float = 0.0
-    tokens: int = 0
-
-    def add(self, wanted: Tensor, given: Tensor) -> None:
-        wanted, given = wanted.float(), given.float()
-        self.error += float((wanted - given).square().sum(-1).double().sum())
-        self.energy += float(wanted.square().sum(-1).double().sum())
-        cosines = torch.cosine_similarity(wanted, given, dim=-1)
-        self.distance += float((1 - cosines).double().sum())
-        self.tokens += wanted.shape[:-1].numel()
-
-    @property
-    def is_finite(self) -> bool:
-        return all(map(math.isfinite, (self.error, self.energy, self.distance)))
-
-    def result(self) -> BlockError:
-        return BlockError(
-            relative_error=self.error / (self.energy or 1.0),
-            cosine_distance=max(self.distance / max(self.tokens, 1), 0.0),
-        )
+    local = ({pair.local(name) for name in names} for names in (solved, pending))
+    return finished_children(pair.compressed, *local)

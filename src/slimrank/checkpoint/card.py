@@ -22,7 +22,7 @@ pipeline_tag: text-generation
 **Loss**: the factorised linears lose {loss:.2%} of the energy of their outputs, on average over
 linears, on the {tokens:,} calibration tokens ({source}). Perplexity on text of your own:
 `slimrank evaluate . --text FILE`.
-
+{blocks}
 ## Load
 
 slimrank must be imported first. Without it transformers stops with a size mismatch.
@@ -75,5 +75,23 @@ def model_card(report: CompressionReport, title: str) -> str:
         loss=sum(losses) / len(losses) if losses else 0.0,
         tokens=report.tokens,
         source=source,
+        blocks=_blocks(report),
         notes=f"\nRemarks:\n{notes}\n" if notes else "",
+    )
+
+
+def _blocks(report: CompressionReport) -> str:
+    """What is known of the blocks' outputs; nothing of a one-shot run."""
+    if not report.blocks:
+        return ""
+    last = report.blocks[-1]
+    found, text = last.held_out, "held-out text"
+    if found is None:
+        found, text = last.calibration, "the calibration text"
+    trained = any(block.refinement for block in report.blocks)
+    then = " and was then trained towards the original block; the losses are from before" * trained
+    return (
+        "\n**Blocks**: each was compressed on what the compressed blocks before it give"
+        f"{then}. The\nlast block's output differs from the original's by "
+        f"{found.relative_error:.2%} of its energy on {text}.\n"
     )

@@ -7,39 +7,36 @@ resumed.
 """
 
 import hashlib
-import json
-import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeVar, final
+from typing import Literal, final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from slimrank.checkpoint.durable import (
+    LOCK,
+    Frozen,
+    damaged,
+    locked,
+    read_sealed,
+    remove_passing,
+    sealed,
+    sync_folder,
+    write_durably,
+)
 from slimrank.errors import CheckpointError
 from slimrank.report import AllocationReport, BlockReport, LinearReport
 
-if sys.platform != "win32":
-    import fcntl
-
-MANIFEST, LOCK, PASSING = "run.json", "lock", ".partial"
+MANIFEST = "run.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Sealed = TypeVar("Sealed", bound=_Frozen)
-
-
-class RunManifest(_Frozen):
+class RunManifest(Frozen):
     """What a run is of; a resumed one must be of the same.
 
     Parameters
@@ -67,7 +64,7 @@ class RunManifest(_Frozen):
     allocation: AllocationReport | None
 
 
-class FinishedBlock(_Frozen):
+class FinishedBlock(Frozen):
     """One block that is done.
 
     Parameters
@@ -158,15 +155,15 @@ class RunState:
         folder = state_folder(out)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
-        with _locked(folder, out) as lock:
+        with locked(folder, out) as lock:
             require_no_run(out)
-            _remove_passing(folder)
+            remove_passing(folder)
             if any(path.name != LOCK for path in folder.iterdir()):
                 raise CheckpointError(f"{folder} holds files but no {MANIFEST}; delete it")
-            _write(folder, MANIFEST, _sealed(manifest))
+            write_durably(folder, MANIFEST, sealed(manifest))
             return cls(folder, manifest, [], lock.pop_all())
 
     @classmethod
@@ -187,13 +184,13 @@ class RunState:
         folder = state_folder(out)
         if not folder.is_dir():
             raise CheckpointError(f"there is no unfinished run for {out}; start without --resume")
-        with _locked(folder, out) as lock:
+        with locked(folder, out) as lock:
             if not has_run(out):
                 raise CheckpointError(
                     f"nothing is finished in {folder}, it has no {MANIFEST}; start without --resume"
                 )
-            manifest = _read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
-            _remove_passing(folder)
+            manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
+            remove_passing(folder)
             count = len(list(folder.glob("block-*.json")))
             finished = [_read_finished(folder, index) for index in range(count)]
             return cls(folder, manifest, finished, lock.pop_all())
@@ -285,8 +282,8 @@ class RunState:
             block=block,
             warnings=tuple(warnings),
         )
-        _write(self.folder, entry.file, content)
-        _write(self.folder, f"{name}.json", _sealed(entry))
+        write_durably(self.folder, entry.file, content)
+        write_durably(self.folder, f"{name}.json", sealed(entry))
         self.finished.append(entry)
 
     def load(self, index: int) -> dict[str, Tensor]:
@@ -303,7 +300,7 @@ class RunState:
         try:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != self.finished[index].sha256:
-                raise CheckpointError(_damaged(path, _delete_from(self.folder, index)))
+                raise CheckpointError(damaged(path, _delete_from(self.folder, index)))
             return load(content)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
@@ -361,42 +358,12 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _sealed(entry: _Frozen) -> bytes:
-    """JSON of an entry and of its hash. Numbers that are not finite stay what they are."""
-    return _with_hash(json.dumps(entry.model_dump()).encode())
-
-
-def _with_hash(content: bytes) -> bytes:
-    digest = hashlib.sha256(content).hexdigest()
-    return f'{{"sha256": "{digest}", "content": '.encode() + content + b"}\n"
-
-
-def _read_sealed(path: Path, kind: type[Sealed], advice: str) -> Sealed:
-    """Read what `_sealed` gave, if not a bit of it has changed."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    content = text[len(_with_hash(b"")) - len(b"}\n") : -len(b"}\n")]
-    if text != _with_hash(content):
-        raise CheckpointError(_damaged(path, advice))
-    try:
-        return kind.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        what = f"{key}: {first['msg']}"
-        if key == "format_version":
-            what = f"format version {first['input']}, and this slimrank reads version 1"
-        raise CheckpointError(f"{path} is of another slimrank ({what}); {advice}") from error
-
-
 def _read_finished(folder: Path, index: int) -> FinishedBlock:
     """Read a block's entry, and check the file of its tensors."""
     name, advice = _block_name(index), _delete_from(folder, index)
     if not (folder / f"{name}.json").exists():
         raise CheckpointError(f"{folder} lacks {name}.json, but holds later blocks; {advice}")
-    entry = _read_sealed(folder / f"{name}.json", FinishedBlock, advice)
+    entry = read_sealed(folder / f"{name}.json", FinishedBlock, advice)
     path = folder / f"{name}.safetensors"
     if entry.index != index or entry.file != path.name:
         raise CheckpointError(f"{folder / name}.json is of block {entry.index}; {advice}")
@@ -408,65 +375,9 @@ def _read_finished(folder: Path, index: int) -> FinishedBlock:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if digest != entry.sha256:
-        raise CheckpointError(_damaged(path, advice))
+        raise CheckpointError(damaged(path, advice))
     return entry
-
-
-def _damaged(path: Path, advice: str) -> str:
-    return f"{path} is damaged: it is not what was written; {advice}"
 
 
 def _delete_from(folder: Path, index: int) -> str:
     return f"delete {_block_name(index)}.* and the blocks after it, or all of {folder}"
-
-
-def _write(folder: Path, name: str, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens."""
-    passing = folder / f"{name}{PASSING}"
-    try:
-        with passing.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        passing.replace(folder / name)
-        _sync_folder(folder)
-    except OSError as error:
-        with suppress(OSError):
-            passing.unlink()
-        raise CheckpointError(
-            f"cannot write {folder / name}: {error.strerror}; what was finished before is kept"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk; Windows cannot."""
-    if sys.platform != "win32":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-def _remove_passing(folder: Path) -> None:
-    try:
-        for path in folder.glob(f"*{PASSING}"):
-            path.unlink()
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _locked(folder: Path, out: Path) -> ExitStack:
-    """Keep other processes out until the stack is closed; on Windows nothing does."""
-    stack = ExitStack()
-    if sys.platform == "win32":
-        return stack
-    try:
-        lock = stack.enter_context((folder / LOCK).open("ab"))
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stack.close()
-        if isinstance(error, BlockingIOError):
-            raise CheckpointError(f"another process works on {out}; wait for it") from error
-        raise CheckpointError(f"cannot lock {folder}: {error.strerror}") from error
-    return stack

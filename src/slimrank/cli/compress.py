@@ -118,7 +118,8 @@ def print_losses(report: CompressionReport) -> None:
         )
     what = "weight" if report.tokens == 0 else "output"
     print_table(
-        f"{report.recipe.method}: mean relative {what} error (squared)",
+        f"{report.recipe.method}: mean relative {what} error (squared)"
+        + (", before refinement" if report.recipe.refines else ""),
         ("linear", "count", "dense", "rank", "predicted", "measured", "as stored"),
         rows,
     )
