@@ -283,6 +283,22 @@ def sequence() -> None:
         )
 
 
+def refinement() -> None:
+    """Held-out loss and seconds by epoch, over all blocks of the refined run."""
+    found = next(e for name, e in read("sequence")["results"].items() if "refine off" not in name)
+    trained = [block["refinement"] for block in found["blocks"]]
+    count = max(len(one["epochs"]) for one in trained)
+    header("epoch", *map(str, range(1, count + 1)))
+    at = [[one["epochs"][min(n, len(one["epochs"]) - 1)] for one in trained] for n in range(count)]
+    starts = [one["start_held_out_loss"] for one in trained]
+    losses = [
+        sum(e["held_out_loss"] / s for e, s in zip(epochs, starts, strict=True)) / len(starts)
+        for epochs in at
+    ]
+    row("held-out loss", *(f"{loss:.3f}" for loss in losses))
+    row("seconds", *(f"{sum(e['seconds'] for e in epochs):.0f}" for epochs in at))
+
+
 def _perplexities(record: Any, keep: float, method: str, refined: bool) -> list[dict[str, float]]:
     size = 0.1 if method == "aa-svd" else None
     how = {"preset": "paper", "epochs": 10} if refined else "off"

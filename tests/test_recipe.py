@@ -377,7 +377,7 @@ def test_order_is_as_the_rest_needs(others, expected):
 
 def test_the_ridge_is_the_methods_own_unless_given():
     assert with_others().relative_ridge() == 0.0
-    assert with_others(method="aa-svd").relative_ridge() == 0.01
+    assert with_others(method="aa-svd").relative_ridge() == 0.1
     assert with_others(method="aa-svd", ridge=0.0).relative_ridge() == 0.0
     assert with_others(ridge=0.3).relative_ridge() == 0.3
 

@@ -174,7 +174,7 @@ def test_order_changes_nothing_for_methods_of_the_original_stream(
         assert one.predicted_loss == pytest.approx(two.predicted_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(("method", "ridge"), [("aa-svd", 0.01), ("shift-aware", 0.0)])
+@pytest.mark.parametrize(("method", "ridge"), [("aa-svd", 0.1), ("shift-aware", 0.0)])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_in_one_shot_nothing_has_shifted(family, method, ridge, run):
     model, report = run(family, method=method, order="one-shot")
@@ -186,7 +186,7 @@ def test_in_one_shot_nothing_has_shifted(family, method, ridge, run):
 @pytest.mark.parametrize("family", ["llama", "opt", "phi3"])
 def test_at_the_first_linears_the_streams_agree(family, run):
     anchored, report = run(family, method="aa-svd")
-    plain, _ = run(family, method="swift-svd", ridge=0.01)
+    plain, _ = run(family, method="swift-svd", ridge=0.1)
     first, last = report.linears[0].name, report.linears[-1].name
     left, right = (m.get_submodule(first).factors().dense() for m in (anchored, plain))
     assert float((left - right).norm()) <= ROUNDING * float(right.norm())
