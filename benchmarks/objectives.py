@@ -34,20 +34,17 @@ REFINED = {"refine": {"preset": "paper", "epochs": 10}}
 
 
 def table(ridge: float | None) -> list[dict[str, Any]]:
-    """Four objectives at two sizes, unrefined and refined; 0.4 for two; seeds where it is close."""
+    """Four objectives at three sizes, unrefined and refined, with three seeds."""
     rows: list[dict[str, Any]] = []
-    for keep, seeds in ((0.8, (0, 1, 2)), (0.6, (0, 1))):
+    for keep, seeds in ((0.8, (0, 1, 2)), (0.6, (0, 1, 2)), (0.4, (0,))):
         for seed in seeds:
             same = {"keep": keep, "seed": seed, "order": "sequential"}
             anchored = {**same, "method": "aa-svd", "ridge": ridge}
             rows += [{**anchored, **REFINED}, anchored]
             rows += [{**same, "method": "swift-svd", **how} for how in (REFINED, {})]
             rows += [{**same, "method": "shift-aware"}]
-            if seed == 0:
+            if seed == 0 and keep > 0.4:
                 rows += [{**same, "method": "svd", **how} for how in (REFINED, {})]
-    for method, size in (("swift-svd", None), ("aa-svd", ridge)):
-        same = {"keep": 0.4, "method": method, "order": "sequential", "ridge": size}
-        rows += [{**same, **how} for how in (REFINED, {})]
     return rows
 
 
@@ -62,12 +59,26 @@ def ridge(_: float | None) -> list[dict[str, Any]]:
 
 def anchor(ridge: float | None) -> list[dict[str, Any]]:
     """Many tokens and the paper's 25 epochs."""
-    many = {"sequences": 240, "length": 1024, "order": "sequential"}
+    many = {"sequences": 64, "length": 1024, "order": "sequential"}
     return [
         {**many, "method": method, "ridge": size, **how}
         for how in ({"refine": "paper"}, {})
         for method, size in (("swift-svd", None), ("aa-svd", ridge))
     ]
+
+
+def epochs(ridge: float | None) -> list[dict[str, Any]]:
+    """`fast` by epochs, by calibration tokens and by what trains, for objective 2 and for 4."""
+    rows: list[dict[str, Any]] = []
+    for count, number in ((32, 1), (32, 2), (32, 4), (32, 16), (64, 4), (128, 2), (128, 8)):
+        how = {"preset": "fast", "epochs": number}
+        rows.append({"method": "swift-svd", "sequences": count, "refine": how})
+    for trains in (["factors"], ["norms"]):
+        how = {"preset": "fast", "trains": trains}
+        rows.append({"method": "swift-svd", "refine": how})
+    anchored = {"method": "aa-svd", "ridge": ridge, "refine": "fast"}
+    rows += [anchored, {**anchored, "keep": 0.6}]
+    return [*rows, {"method": "swift-svd", "refine": "fast", "keep": 0.6}]
 
 
 def fast(_: float | None) -> list[dict[str, Any]]:
@@ -109,7 +120,20 @@ def ranks(ridge: float | None) -> list[dict[str, Any]]:
     ]
 
 
-SUITES = {f.__name__: f for f in (table, ridge, anchor, fast, ranks)}
+def evidence(ridge: float | None) -> list[dict[str, Any]]:
+    """Everything but the sweeps that settings were chosen by; refined rows first."""
+    rows: list[dict[str, Any]] = []
+    for row in (row for suite in (table, epochs, ranks, anchor) for row in suite(ridge)):
+        if plainly({**BASE, **row}) not in [plainly({**BASE, **known}) for known in rows]:
+            rows.append(row)
+    return sorted(rows, key=lambda row: not is_refined(row))
+
+
+def is_refined(row: dict[str, Any]) -> bool:
+    return bool(row.get("refine", "off") != "off")
+
+
+SUITES = {f.__name__: f for f in (table, ridge, anchor, epochs, fast, ranks, evidence)}
 
 
 def main() -> None:
@@ -125,6 +149,7 @@ def main() -> None:
     parser.add_argument("--eval-device")
     parser.add_argument("--claims", help="a folder that other processes know too")
     parser.add_argument("--ridge", type=float, help="of aa-svd; its own if left out")
+    parser.add_argument("--known", help="a file of results: its rows are not measured again")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after")
     parser.add_argument("--merge", nargs="+", help="files of shards")
     parser.add_argument("--out", required=True)
@@ -153,8 +178,12 @@ def main() -> None:
     ids["calibration"] = ids["calibration"][: -UNSEEN * 1024]
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
+    known = [] if options.known is None else json.loads(Path(options.known).read_text())["results"]
+    seen = [plainly(row["wanted"]) for row in known]
     for number, row in enumerate([*SUITES[options.suite](options.ridge), None]):
-        is_heavy = row is not None and row.get("refine", "off") != "off"
+        is_heavy = row is not None and is_refined(row)
+        if known and (row is None or plainly({**BASE, **row}) in seen):
+            continue
         late = time.perf_counter() - start > options.seconds
         shared = options.claims is not None
         if late or (shared and is_heavy and options.device == "cpu"):
@@ -164,6 +193,15 @@ def main() -> None:
         rows.append(measure(row, dense, ids, unseen, options))
         print(json.dumps(rows[-1]["wanted"]), rows[-1].get("perplexity"), flush=True)
         _record.write(options.out, 0, settings, rows, quiet=True)
+
+
+def plainly(wanted: Any) -> Any:
+    """A row without the settings that are left to their defaults."""
+    if not isinstance(wanted, dict):
+        return wanted
+    given = {k: v for k, v in wanted.items() if v is not None and v not in ("fixed", "uniform")}
+    sequential = wanted["method"] in ("aa-svd", "shift-aware") or is_refined(wanted)
+    return {"order": "sequential", **given} if sequential else given
 
 
 def claimed(path: Path) -> bool:
