@@ -207,7 +207,8 @@ def better() -> None:
         ("`aa-svd`, refined, 10 epochs of `paper`", {"ridge": 0.1, "refine": paper}),
         ("`swift-svd`, refined by `fast`", {"method": "swift-svd", "refine": fast}),
     ):
-        for found in _matching(record, {"keep": 0.8, "seed": 0, **keys}):
+        same = {"keep": 0.8, "seed": 0, "sequences": 32, "allocation": None}
+        for found in _matching(record, {**same, **keys}):
             row(name, *(f"{found['perplexity'][text]:.0f}" for text in ("test", "other")))
     base = record["settings"]["base"]
     print()
@@ -236,6 +237,82 @@ def settings() -> None:
     for rate in (3e-4, 1e-3):
         name = f"`swift-svd`, refine fast, rate {rate:g} (8 epochs, 32 steps)"
         _settings_row(record, name, {"refine": {**fast, "learning_rate": rate}})
+
+
+def training() -> None:
+    """What refinement gives by epochs, tokens and what it trains, and what it takes."""
+    record = read("objectives")
+    fast = {"preset": "fast"}
+    chosen = {**fast, "learning_rate": 3e-4, "batch_sequences": 8, "epochs": 8}
+    header(
+        "0.8 kept, `swift-svd`",
+        "held-out loss",
+        "unseen calibration text",
+        "WikiText-2",
+        "other",
+        "training, s",
+    )
+    unrefined = {"method": "swift-svd", "refine": "off", "within_block": None, "allocation": None}
+    base = {"sequences": 32, "length": 512}
+    rows: list[tuple[str, dict[str, Any]]] = [("32 x 512, unrefined", {**unrefined, **base})]
+    for epochs in (1, 2, 4, 8, 16):
+        how = chosen if epochs == 8 else {**fast, "epochs": epochs}
+        rows.append((f"32 x 512, {epochs} epochs", {**base, "refine": how}))
+    for count, epochs in ((64, 4), (128, 2), (128, 8)):
+        how = {**fast, "epochs": epochs}
+        rows.append((f"{count} x 512, {epochs} epochs", {"sequences": count, "refine": how}))
+    for part in ("factors", "norms"):
+        how = {**fast, "trains": [part]}
+        rows.append((f"32 x 512, 8 epochs, {part} alone", {**base, "refine": how}))
+    large = {"sequences": 64, "length": 1024}
+    rows.append(("64 x 1,024, unrefined", {**unrefined, **large}))
+    rows.append(("64 x 1,024, `paper`, 25 epochs", {**large, "refine": "paper"}))
+    for name, keys in rows:
+        wanted = {"method": "swift-svd", "within_block": None, "allocation": None, **keys}
+        for found in _matching(record, {"keep": 0.8, "seed": 0, **wanted}):
+            row(name, *_training_cells(found))
+    for refine, name in (("off", "unrefined"), ("paper", "`paper`, 25 epochs")):
+        for found in _matching(record, {"method": "aa-svd", "refine": refine, **large}):
+            row(f"64 x 1,024, `aa-svd`, {name}", *_training_cells(found))
+
+
+def _training_cells(found: dict[str, Any]) -> list[str]:
+    trained = [block for block in found["blocks"] if "held_out_losses" in block]
+    ratio = [
+        min(b["start_held_out_loss"], *b["held_out_losses"]) / b["start_held_out_loss"]
+        for b in trained
+    ]
+    return [
+        f"{sum(ratio) / len(ratio):.3f}" if ratio else "-",
+        *(f"{value:.1f}" for value in found["perplexity"].values()),
+        f"{found['phases']['refine']:.0f}" if trained else "-",
+    ]
+
+
+def ranks() -> None:
+    """Recipes A and B, and both, against uniform ranks."""
+    record = read("objectives")
+    header("0.8 kept", "unrefined: WikiText-2", "other", "refined by `fast`: WikiText-2", "other")
+    chosen = {"preset": "fast", "learning_rate": 3e-4, "batch_sequences": 8, "epochs": 8}
+    for method, size in (("swift-svd", None), ("aa-svd", 0.1)):
+        for name, allocation, within in (
+            ("uniform", "uniform", "fixed"),
+            ("A: `swift` from the dense pass", "swift", "fixed"),
+            ("B: greedy within blocks", "uniform", "greedy"),
+            ("A and B", "swift", "greedy"),
+        ):
+            cells: list[str] = []
+            for kinds in (("off",), ("fast", chosen)):
+                same = {"keep": 0.8, "seed": 0, "sequences": 32, "length": 512, "method": method}
+                found = [
+                    x["perplexity"]
+                    for x in _matching(record, {**same, "ridge": size})
+                    if x["wanted"]["refine"] in kinds
+                    and x["wanted"].get("allocation", "uniform") == allocation
+                    and x["wanted"].get("within_block", "fixed") == within
+                ]
+                cells += [f"{found[0][t]:.1f}" if found else "-" for t in ("test", "other")]
+            row(f"`{method}`, {name}", *cells)
 
 
 def ridge() -> None:
@@ -302,8 +379,9 @@ def refinement() -> None:
 def _perplexities(record: Any, keep: float, method: str, refined: bool) -> list[dict[str, float]]:
     size = 0.1 if method == "aa-svd" else None
     how = {"preset": "paper", "epochs": 10} if refined else "off"
-    wanted = {"keep": keep, "method": method, "ridge": size, "refine": how, "within_block": None}
-    return [x["perplexity"] for x in _matching(record, wanted)]
+    wanted = {"keep": keep, "method": method, "ridge": size, "refine": how, "sequences": 32}
+    found = _matching(record, {**wanted, "within_block": None, "allocation": None})
+    return [x["perplexity"] for x in found]
 
 
 def _matching(record: Any, wanted: dict[str, Any]) -> list[Any]:
@@ -315,7 +393,8 @@ def _matching(record: Any, wanted: dict[str, Any]) -> list[Any]:
 
 
 def _settings_row(record: Any, name: str, keys: dict[str, Any]) -> None:
-    for found in _matching(record, {"keep": 0.8, "seed": 0, **keys}):
+    same = {"keep": 0.8, "seed": 0, "sequences": 32, "length": 512, "allocation": None}
+    for found in _matching(record, {**same, **keys}):
         row(name, *(f"{value:.1f}" for value in found["perplexity"].values()))
 
 

@@ -263,10 +263,48 @@ def measure(
 
 
 def merge(files: list[str], out: str) -> None:
+    """Put files together: the first says what they share; of blocks and ranks the gist stays."""
     records = [json.loads(Path(name).read_text()) for name in files]
-    rows = [row for record in records for row in record["results"]]
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        where = {key: record[key] for key in ("date", "commit")}
+        where["ran_on"] = f"{record['settings']['device']} ({record['settings']['gpu']})"
+        rows += [{**where, **gist(row)} for row in record["results"]]
     whole = {**records[0], "results": rows}
-    Path(out).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    Path(out).write_text(json.dumps(whole, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def gist(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with errors and losses by block, rounded, and no ranks."""
+    if "ranks" not in row:
+        return row
+    return {
+        **{key: value for key, value in row.items() if key != "ranks"},
+        "phases": _rounded(row["phases"]),
+        "blocks": [_rounded(block_gist(block)) for block in row["blocks"]],
+    }
+
+
+def block_gist(block: dict[str, Any]) -> dict[str, Any]:
+    errors = {k: v for k, v in block.items() if isinstance(v, dict) and "cosine_distance" in v}
+    trained = block["refinement"]
+    if trained is None:
+        return errors
+    return {
+        **errors,
+        "start_held_out_loss": trained["start_held_out_loss"],
+        "held_out_losses": [epoch["held_out_loss"] for epoch in trained["epochs"]],
+        "losses": [epoch["loss"] for epoch in trained["epochs"]],
+        "kept_epoch": trained["kept_epoch"],
+    }
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _rounded(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    return float(f"{values:.5g}") if isinstance(values, float) else values
 
 
 def _sha(path: str) -> str:
