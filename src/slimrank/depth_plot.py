@@ -1,14 +1,13 @@
 """Error against depth of sequential runs: gathered from their reports, and drawn."""
 
 import math
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from slimrank.checkpoint import read_report
+from slimrank.checkpoint import read_report, renamed_when_done
 from slimrank.errors import CheckpointError
 from slimrank.plots import block_ticks, make_panels
 from slimrank.report import BlockError, BlockReport, CompressionReport
@@ -137,16 +136,8 @@ def write_depth_plot(report: DepthReport, out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists already; name a file that does not")
     figure = draw_depth(report)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=out.parent) as folder:
-            picture = Path(folder) / "picture.png"
-            figure.savefig(picture, dpi=120)
-            if out.exists():
-                raise CheckpointError(f"{out} appeared meanwhile; nothing was written")
-            picture.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error}; nothing was kept") from error
+    with renamed_when_done(out, is_file=True) as picture:
+        figure.savefig(picture, dpi=120)
 
 
 def draw_depth(report: DepthReport) -> Any:

@@ -1,25 +1,36 @@
 """Text to activations to moments."""
 
+from slimrank.calibration.backward import loss_scale
+from slimrank.calibration.gradient_sums import BlockGradients
+from slimrank.calibration.gradients import (
+    METRIC,
+    OUTPUT_METRIC,
+    ROW_WEIGHTS,
+    collect_gradients,
+    keep_gradients,
+)
 from slimrank.calibration.importance import BlockInfluence
+from slimrank.calibration.levels import call_levels
 from slimrank.calibration.lockstep import (
     ARRIVED,
     INPUT,
     TARGET,
     BlockPair,
     OriginalPass,
-    call_levels,
-    pass_level,
     pass_original,
-    pass_shifted,
     step_forward,
 )
-from slimrank.calibration.moments import TOKEN_CHECK, BlockMoments, check_on_tokens, collect_moments
+from slimrank.calibration.magnitudes import collect_magnitudes
+from slimrank.calibration.moments import BlockMoments, check_on_tokens, collect_moments
 from slimrank.calibration.replay import Batch, after_blocks, embed_batches, run_block
+from slimrank.calibration.rest import FINAL, RestOfModel, keep_final
 from slimrank.calibration.sensitivity import output_sensitivity
+from slimrank.calibration.shifted import pass_level, pass_shifted
 from slimrank.calibration.store import ActivationStore, stacked
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams, embed_streams
 from slimrank.calibration.sums import GroupSums
 from slimrank.calibration.text import packaged_text, read_text
+from slimrank.calibration.token_check import gap_on_tokens
 from slimrank.calibration.windows import (
     TokenWindows,
     default_batch_size,
@@ -30,30 +41,41 @@ from slimrank.calibration.windows import (
 
 __all__ = [
     "ARRIVED",
+    "FINAL",
     "INPUT",
+    "METRIC",
     "ORIGINAL",
+    "OUTPUT_METRIC",
+    "ROW_WEIGHTS",
     "SHIFTED",
     "TARGET",
-    "TOKEN_CHECK",
     "ActivationStore",
     "Batch",
+    "BlockGradients",
     "BlockInfluence",
     "BlockMoments",
     "BlockPair",
     "GroupSums",
     "OriginalPass",
+    "RestOfModel",
     "Streams",
     "TokenWindows",
     "after_blocks",
     "call_levels",
     "check_on_tokens",
+    "collect_gradients",
+    "collect_magnitudes",
     "collect_moments",
     "default_batch_size",
     "draw_windows",
     "embed_batches",
     "embed_streams",
     "from_padded",
+    "gap_on_tokens",
     "hold_out",
+    "keep_final",
+    "keep_gradients",
+    "loss_scale",
     "output_sensitivity",
     "packaged_text",
     "pass_level",

@@ -1,21 +1,17 @@
 """Second moments of one block's inputs, taken while a batch passes through it."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from slimrank.calibration.hooks import Taker, inputs_of, taking_inputs
 from slimrank.calibration.importance import BlockInfluence
 from slimrank.calibration.replay import Batch, run_block
-from slimrank.errors import NumericalError
+from slimrank.calibration.token_check import gap_on_tokens
 from slimrank.linalg import MomentAccumulator, Moments, output_loss
 from slimrank.model import InputGroup
 from slimrank.nn import LowRankLinear
-
-TOKEN_CHECK = 5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,7 @@ def collect_moments(
         sums = last if number == len(batches) - 1 else total
         takers = {g.sites[0].name: _adder(g, s) for g, s in zip(groups, sums, strict=True)}
         entering = batches[number].hidden
-        with _hooks(model, takers):
+        with taking_inputs(model, takers):
             batches[number] = run_block(block, index, batches[number])
         influence.add(entering, batches[number].hidden)
         states = behind(batches[number]) if behind else entering[..., :0]
@@ -132,7 +128,7 @@ def check_on_tokens(
         name: _measurer(model.get_submodule(name), replacement, sums[name])
         for name, replacement in replacements.items()
     }
-    with _hooks(model, takers):
+    with taking_inputs(model, takers):
         run_block(block, index, batch)
     gaps: dict[str, float] = {}
     for name, replacement in replacements.items():
@@ -143,12 +139,7 @@ def check_on_tokens(
         assert isinstance(weight, Tensor)
         expected = output_loss(weight, replacement.factors(), moments[name].original)
         seen, energy = sums[name].error / tokens, sums[name].energy / tokens
-        gaps[name] = abs(seen - expected) / max(seen, 1e-6 * energy, sys.float_info.min)
-        if not gaps[name] <= TOKEN_CHECK:
-            raise NumericalError(
-                f"{name}: the error on the tokens of a batch is {seen:.6g}, but the batch's second "
-                f"moment says {expected:.6g}; please report this model"
-            )
+        gaps[name] = gap_on_tokens(name, seen, expected, 1e-6 * energy)
     return gaps
 
 
@@ -160,9 +151,7 @@ class _ErrorSums:
     energy: float = 0.0
 
 
-def _measurer(
-    linear: nn.Module, replacement: LowRankLinear, sums: _ErrorSums
-) -> Callable[[Tensor], None]:
+def _measurer(linear: nn.Module, replacement: LowRankLinear, sums: _ErrorSums) -> Taker:
     assert isinstance(linear, nn.Linear)
     weight = linear.weight.detach().float()
     factors = replacement.factors()
@@ -177,27 +166,9 @@ def _measurer(
     return measure
 
 
-@contextmanager
-def _hooks(model: nn.Module, takers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Give the input of each named linear to its taker; remove nothing but these hooks."""
-    with ExitStack() as stack:
-        for name, take in takers.items():
-
-            def hook(
-                _m: nn.Module, args: tuple[Any, ...], take: Callable[[Tensor], None] = take
-            ) -> None:
-                take(args[0])
-
-            handle = model.get_submodule(name).register_forward_pre_hook(hook)
-            stack.callback(handle.remove)
-        yield
-
-
-def _adder(group: InputGroup, accumulator: MomentAccumulator) -> Callable[[Tensor], None]:
+def _adder(group: InputGroup, accumulator: MomentAccumulator) -> Taker:
     def add(inputs: Tensor) -> None:
-        try:
+        with inputs_of(group.sites[0].name):
             accumulator.update(inputs)
-        except NumericalError as error:
-            raise NumericalError(f"the inputs of {group.sites[0].name}: {error}") from error
 
     return add

@@ -7,40 +7,17 @@ same is shared. So any sequences of one length can be put together, in any numbe
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimrank.calibration.replay import Call, check_replay, equal_calls, record_calls
 from slimrank.calibration.store import ActivationStore
+from slimrank.calibration.widening import Kind, can_widen
 from slimrank.calibration.windows import TokenWindows
 from slimrank.model import Anatomy
 
 ORIGINAL, SHIFTED = "original", "shifted"
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What sequences of one kind are called with, block by block.
-
-    Parameters
-    ----------
-    single : tuple of Call
-        For one sequence.
-    double : tuple of Call or None
-        For two at once; None if they cannot be put together.
-    """
-
-    single: tuple[Call, ...]
-    double: tuple[Call, ...] | None
-
-    def call(self, block: int, size: int) -> Call:
-        """What a block is called with for so many sequences."""
-        if size == 1 or self.double is None:
-            return self.single[block]
-        call: Call = _widened(self.single[block], self.double[block], size)
-        return call
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,41 +129,7 @@ def embed_streams(
         if kind in second_of:
             pair = torch.stack([windows[first_of[kind]], windows[second_of[kind]]])
             _, double = record_calls(model, anatomy, pair)
-            double = double if _can_widen(single, double) else None
+            double = double if can_widen(single, double) else None
         kinds.append(Kind(single, double))
     lengths = tuple(map(len, windows))
     return Streams(store, tuple(kinds), tuple(kind_of), lengths, len(calibration.windows), size)
-
-
-def _can_widen(single: Any, double: Any) -> bool:
-    """Tell whether what is given for two sequences is that of one, shared or repeated."""
-    if isinstance(single, Tensor) and isinstance(double, Tensor):
-        if single.shape == double.shape:
-            return torch.equal(single, double)
-        return _repeats(single, double) and torch.equal(_repeated(single, 2), double)
-    if isinstance(single, (tuple, list)) and isinstance(double, (tuple, list)):
-        return len(single) == len(double) and all(map(_can_widen, single, double))
-    if isinstance(single, dict) and isinstance(double, dict):
-        return single.keys() == double.keys() and all(
-            _can_widen(single[key], double[key]) for key in single
-        )
-    return equal_calls(single, double)
-
-
-def _widened(single: Any, double: Any, size: int) -> Any:
-    """What is given for many sequences."""
-    if isinstance(single, Tensor):
-        return single if single.shape == double.shape else _repeated(single, size)
-    if isinstance(single, (tuple, list)):
-        return type(single)(_widened(s, d, size) for s, d in zip(single, double, strict=True))
-    if isinstance(single, dict):
-        return {key: _widened(single[key], double[key], size) for key in single}
-    return single
-
-
-def _repeats(single: Tensor, double: Tensor) -> bool:
-    return double.shape == (2 * single.shape[0], *single.shape[1:]) if single.ndim else False
-
-
-def _repeated(tensor: Tensor, size: int) -> Tensor:
-    return tensor.repeat(size, *[1] * (tensor.ndim - 1))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.errors import NumericalError
+from slimrank.calibration.hooks import inputs_of
 from slimrank.linalg import DriftAccumulator, MomentAccumulator, Moments
 from slimrank.model import InputGroup
 from slimrank.report import BlockError
@@ -43,12 +43,10 @@ class GroupSums:
         """
         arriving = original if shifted is None else shifted
         assert arriving is not None
-        try:
+        with inputs_of(self.group.sites[0].name):
             self._moments[is_last].update(arriving)
             if original is not None and shifted is not None:
                 self._drifts[is_last].update(original, shifted)
-        except NumericalError as error:
-            raise NumericalError(f"the inputs of {self.group.sites[0].name}: {error}") from error
 
     def results(self) -> tuple[Moments, Moments]:
         """Over all tokens, and over the last sequence."""
@@ -85,7 +83,7 @@ class OutputEnergy:
         def hook(_m: nn.Module, _a: Any, output: Tensor) -> None:
             tokens = output.reshape(-1, output.shape[-1])
             tokens = tokens if self._linear.bias is None else tokens - self._linear.bias
-            self._sum += float(tokens.float().square().sum(dim=1).double().sum())
+            self._sum += float(_norms(tokens).square().sum())
             self._tokens += len(tokens)
 
         handle = self._linear.register_forward_hook(hook)
@@ -107,10 +105,12 @@ class BlockErrorSums:
     def add(self, wanted: Tensor, given: Tensor) -> None:
         """Add tokens of both blocks."""
         wanted, given = wanted.float(), given.float()
-        self.error += float((wanted - given).square().sum(-1).double().sum())
-        self.energy += float(wanted.square().sum(-1).double().sum())
-        cosines = torch.cosine_similarity(wanted, given, dim=-1)
-        self.distance += float((1 - cosines).double().sum())
+        apart, *sizes = map(_norms, (wanted - given, wanted, given))
+        product = 2 * sizes[0] * sizes[1]
+        unlike = (apart.square() - (sizes[0] - sizes[1]).square()) / product  # law of cosines
+        self.error += float(apart.square().sum())
+        self.energy += float(sizes[0].square().sum())
+        self.distance += float(torch.where(product > 0, unlike, 1.0).sum())
         self.tokens += wanted.shape[:-1].numel()
 
     @property
@@ -124,3 +124,9 @@ class BlockErrorSums:
             relative_error=self.error / (self.energy or 1.0),
             cosine_distance=max(self.distance / max(self.tokens, 1), 0.0),
         )
+
+
+def _norms(tokens: Tensor) -> Tensor:
+    """Norm of each token, in one pass over it; float64, to be squared and summed."""
+    norms: Tensor = torch.linalg.vector_norm(tokens.float(), dim=-1)
+    return norms.double()

@@ -38,7 +38,7 @@ def _with_hash(content: bytes) -> bytes:
 
 
 def read_sealed(path: Path, kind: type[Sealed], advice: str) -> Sealed:
-    """Read what `_sealed` gave, if not a bit of it has changed."""
+    """Read what `sealed` gave, if not a bit of it has changed."""
     try:
         text = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A folder under a passing name until it is finished."""
+"""A folder, or a file, under a passing name until it is finished."""
 
 import shutil
 import tempfile
@@ -30,8 +30,14 @@ def require_writable(out: Path) -> None:
 
 
 @contextmanager
-def renamed_when_done(out: Path) -> Iterator[Path]:
-    """Give a passing folder; rename it at the end, or remove it whatever happened.
+def renamed_when_done(out: Path, *, is_file: bool = False) -> Iterator[Path]:
+    """Give a passing name; rename what is there at the end, or remove it whatever happened.
+
+    Parameters
+    ----------
+    out : Path
+    is_file : bool
+        The name is free for a file, with the ending of `out`; otherwise it is an empty folder.
 
     Raises
     ------
@@ -43,12 +49,13 @@ def renamed_when_done(out: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
+    passing = folder / f"file{out.suffix}" if is_file else folder
     try:
         folder.chmod(0o755)
-        yield folder
+        yield passing
         if out.exists():
             raise CheckpointError(f"{out} appeared meanwhile; nothing was written")
-        folder.rename(out)
+        passing.rename(out)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {out}: {error}; nothing was kept") from error
     finally:
