@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimrank.allocation import Budget, LinearShape, RankPlan
+from slimrank.allocation import PIVOT_PARAMS, Budget, LinearShape, RankPlan
 from slimrank.errors import BudgetError
 
 relaxed = settings(deadline=None, max_examples=60)
@@ -50,11 +50,67 @@ def test_smallest_rank_against_brute_force(multiple, least):
 def test_linear_shapes_by_hand(out, inner, dense, per_rank, break_even):
     shape = LinearShape("a", out_features=out, in_features=inner)
     assert shape.dense_params == dense
-    assert shape.params_per_rank == per_rank
+    assert shape.params(1) == per_rank
+    assert shape.params(2) == 2 * per_rank
     assert shape.break_even_rank == break_even
     assert shape.params(None) == dense
     assert shape.params(0) == 0
     assert shape.params(3) == 3 * per_rank
+
+
+@pytest.mark.parametrize(
+    ("layout", "costs", "break_even"),
+    [
+        # 8 x 8: 16 a rank; r (16 - r) and 2 for each pivot: 17, 32, 45, 56, 65; dense is 64
+        ("plain", [0, 16, 32, 48, 64, 80], 3),
+        ("pivoted", [0, 17, 32, 45, 56, 65], 4),
+        ("auto", [0, 16, 32, 45, 56, 65], 4),
+    ],
+)
+def test_layouts_by_hand(layout, costs, break_even):
+    shape = LinearShape("a", 8, 8, layout)
+    assert [shape.params(rank) for rank in range(6)] == costs
+    assert shape.break_even_rank == break_even
+    assert [shape.is_pivoted(r) for r in range(1, 5)] == [
+        layout == "pivoted" or (layout == "auto" and r > 2) for r in range(1, 5)
+    ]
+    assert shape.largest_rank(-1) == 0
+    assert shape.largest_rank(15) == 0
+    assert shape.largest_rank(10**9) == 8
+
+
+SHAPES_OF_ANY_LAYOUT = st.builds(
+    LinearShape,
+    st.just("a"),
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.sampled_from(["plain", "pivoted", "auto"]),
+)
+
+
+@given(shape=SHAPES_OF_ANY_LAYOUT, params=st.integers(0, 4000))
+@relaxed
+def test_ranks_and_costs_against_brute_force(shape, params):
+    costs = [shape.params(rank) for rank in range(shape.full_rank + 1)]
+    assert costs[0] == 0
+    assert costs == sorted(set(costs)), "costs rise"
+    assert shape.largest_rank(params) == max(r for r, cost in enumerate(costs) if cost <= params)
+    assert shape.break_even_rank == max(r for r, c in enumerate(costs) if c < shape.dense_params)
+    assert [shape.largest_rank(cost) for cost in costs] == list(range(len(costs)))
+
+
+@given(out=st.integers(1, 60), inner=st.integers(1, 60))
+@relaxed
+def test_the_pivoted_layout_costs_no_more_from_rank_2_on(out, inner):
+    plain, pivoted, auto = (LinearShape("a", out, inner, x) for x in ("plain", "pivoted", "auto"))
+    for rank in range(min(out, inner) + 1):
+        assert auto.params(rank) == min(plain.params(rank), pivoted.params(rank))
+        assert auto.is_pivoted(rank) == (pivoted.params(rank) < plain.params(rank))
+        assert auto.is_pivoted(rank) == (rank >= 3)
+    assert plain.break_even_rank <= auto.break_even_rank
+    # what the factors hold: the latent's rows, the other outputs, and a pivot for each rank
+    rank = min(out, inner)
+    assert pivoted.params(rank) == rank * inner + (out - rank) * rank + PIVOT_PARAMS * rank
 
 
 @pytest.mark.parametrize(
@@ -136,6 +192,15 @@ def test_check_takes_a_plan_that_is_just_within():
 def test_check_refuses(ranks, budget, message):
     with pytest.raises(BudgetError, match=message):
         RankPlan(ranks).check(SHAPES, budget, other_params=0)
+
+
+def test_check_knows_the_layout():
+    shapes = [LinearShape("a", 8, 8, "auto"), LinearShape("b", 4, 4, "auto")]
+    RankPlan({"a": 4, "b": 1}).check(shapes, Budget(0.8), other_params=0)  # 56 + 8 of 64
+    with pytest.raises(BudgetError, match="keeps 64 parameters of 63"):
+        RankPlan({"a": 4, "b": 1}).check(shapes, Budget(0.79), other_params=0)
+    with pytest.raises(BudgetError, match="a: rank 5 is out of bounds"):
+        RankPlan({"a": 5, "b": 1}).check(shapes, Budget(1.0), other_params=0)
 
 
 def test_check_counts_the_whole_model_in_scope_model():

@@ -174,6 +174,28 @@ def test_fixed_ranks_beside_dense_ones_at_keep_all():
     assert found.ranks == {"0.q": None, "1.q": 40}
 
 
+@pytest.mark.parametrize("layout", ["pivoted", "auto"])
+def test_the_pivoted_layout_keeps_the_sum_and_costs_no_more(layout):
+    """0.5 x 1600 is 800: rank 11 costs 781 and 12 840; floors 5, pool 18 as 1 : 4/3 : 2."""
+    profiles = [
+        LinearProfile(
+            LinearShape(p.shape.name, 40, 40, layout),
+            "q",
+            p.block,
+            p.singular_values,
+            1,
+            p.importance,
+        )
+        for p in square([0.0, 1.0, 3.0])
+    ]
+    shapes = [p.shape for p in profiles]
+    even = uniform(shapes, Budget(0.5))
+    assert set(even.ranks.values()) == {11}
+    plan = swift(profiles, Budget(0.5), importance_weight=1.0)
+    assert list(plan.ranks.values()) == [9, 11, 13]
+    assert plan.params(shapes) < even.params(shapes)
+
+
 # the authors' own overspends
 
 OPT_6_7B = {name: (4096, 4096) for name in ("q", "k", "v", "o")} | {

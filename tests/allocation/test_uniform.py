@@ -11,8 +11,12 @@ from slimrank.errors import BudgetError
 relaxed = settings(deadline=None, max_examples=60)
 
 SIDES = st.one_of(st.integers(1, 3), st.integers(1, 300))
+LAYOUTS = st.sampled_from(["plain", "pivoted", "auto"])
 LINEARS = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=6).map(
     lambda sides: [LinearShape(f"l{i}", out, inner) for i, (out, inner) in enumerate(sides)]
+)
+LINEARS_OF_ANY_LAYOUT = st.lists(st.tuples(SIDES, SIDES, LAYOUTS), min_size=1, max_size=6).map(
+    lambda drawn: [LinearShape(f"l{i}", *shape) for i, shape in enumerate(drawn)]
 )
 RATIOS = st.integers(1, 1000).map(lambda thousandths: thousandths / 1000)
 STEPS = st.sampled_from([1, 2, 3, 8])
@@ -154,7 +158,7 @@ def test_a_plan_is_within_its_budget_and_close_to_it(shapes, ratio, step, least,
         assert shape.params(rank) < shape.dense_params
     if factorised:
         # less than one step of rank per linear, and less than one parameter lost to whole numbers
-        slack = sum(step * shape.params_per_rank for shape in factorised)
+        slack = sum(step * shape.params(1) for shape in factorised)
         assert kept + stays > Fraction(str(ratio)) * (size + stays) - slack - 1
         for shape in shapes:
             if shape not in factorised:
@@ -174,8 +178,8 @@ def test_every_linear_gets_the_same_share(shapes, ratio, step, scope, other):
     # some one share lies within what every rank allows: rank <= share * break-even < rank + step
     bounds = [
         (
-            Fraction(ranks[s.name] * s.params_per_rank, s.dense_params),
-            Fraction((ranks[s.name] + step) * s.params_per_rank, s.dense_params),
+            Fraction(ranks[s.name] * s.params(1), s.dense_params),
+            Fraction((ranks[s.name] + step) * s.params(1), s.dense_params),
         )
         for s in shapes
         if ranks[s.name] is not None
@@ -252,6 +256,32 @@ def test_the_share_is_a_whole_one_where_no_linear_can_shrink():
     assert named == 1.0
 
 
+@given(shapes=LINEARS_OF_ANY_LAYOUT, ratio=RATIOS, step=STEPS, least=st.integers(1, 5))
+@relaxed
+def test_any_layout_is_within_its_budget_and_close_to_it(shapes, ratio, step, least):
+    budget = Budget(ratio, multiple_of=step, min_rank=least)
+    ranks = planned(shapes, budget)
+    if ranks is None:
+        return
+    plan = RankPlan(ranks)
+    plan.check(shapes, budget, 0)
+    # no linear could have one step more by the share that is the least of the next ones
+    free = [s for s in shapes if ranks[s.name] is not None]
+    if free:
+        larger = [Fraction(s.params(ranks[s.name] + step), s.dense_params) for s in free]
+        share = [Fraction(s.params(ranks[s.name]), s.dense_params) for s in free]
+        capped = [ranks[s.name] + step > s.full_rank for s in free]
+        rising = [x for x, cap in zip(larger, capped, strict=True) if not cap]
+        assert max(share) < min(rising, default=2)
+
+
+def test_the_pivoted_layout_by_hand():
+    """0.8 x 400 is 320, and so is 10 (20 + 20 - 10 + 2)."""
+    shape = LinearShape("a", 20, 20, layout="pivoted")
+    assert uniform([shape], Budget(0.8)).ranks == {"a": 10}
+    assert uniform([shape], Budget(0.79)).ranks == {"a": 9}
+
+
 # with ranks that are fixed
 
 
@@ -316,7 +346,7 @@ def test_fixed_ranks_come_back_and_the_budget_holds(shapes, ratio, step, least, 
     free = [s for s in shapes if s.name not in fixed]
     factorised = [s for s in free if plan.ranks[s.name] is not None]
     if factorised:
-        slack = sum(step * s.params_per_rank for s in factorised)
+        slack = sum(step * s.params(1) for s in factorised)
         assert plan.params(shapes) + stays > Fraction(str(ratio)) * (size + stays) - slack - 1
     for s in factorised:
         assert budget.smallest_rank <= plan.ranks[s.name] <= s.break_even_rank
@@ -344,7 +374,7 @@ def test_linears_that_are_not_fixed_get_the_same_share(shapes, ratio, step, scop
         if ratio == 1 or share >= 1 or s not in shrinkable:
             assert plan.ranks[s.name] is None
         else:
-            most = share * s.dense_params / s.params_per_rank
+            most = share * s.dense_params / s.params(1)
             assert plan.ranks[s.name] <= most < plan.ranks[s.name] + step
 
 

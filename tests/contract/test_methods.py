@@ -1,7 +1,7 @@
 """What every method promises. A new one in the registry is held to it without a line written."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -23,6 +23,15 @@ SHAPES = {
     "single column": (7, 1),
 }
 STREAMS = {"original", "shifted"}
+NEEDS = STREAMS | {"gradients", "weight_gradients", "magnitudes"}
+FIELDS = {  # of moments: which need reads it, and what it is called where it is refused
+    "original": ("original", "second moment"),
+    "shifted": ("shifted", "second moment"),
+    "drift": ("drift", "drift"),
+    "metric": ("gradients", "output metric"),
+    "row_weights": ("weight_gradients", "output metric"),
+    "magnitudes": ("magnitudes", "magnitudes"),
+}
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -30,12 +39,43 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.
     return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 
 
-def moments_of(x: torch.Tensor, z: torch.Tensor) -> Moments:
-    """Moments of tokens of the original and the shifted stream, by their definition."""
-    original = x.mT @ x / len(x)
-    if torch.equal(x, z):
-        return Moments(original, len(x))
-    return Moments(original, len(x), shifted=z.mT @ z / len(z), drift=(x - z).mT @ z / len(z))
+@dataclass(frozen=True)
+class Data:
+    """What a method may know of one linear, before any moment is taken of it."""
+
+    x: torch.Tensor  # (tokens, in)
+    z: torch.Tensor  # (tokens, in), what arrives of the same tokens
+    gradients: torch.Tensor  # (gradients, out), by the outputs
+    row_gradients: torch.Tensor  # (out, sequences), norms of a row of the weight's gradient
+
+    @property
+    def is_shifted(self) -> bool:
+        return not torch.equal(self.x, self.z)
+
+    def moments(self) -> Moments:
+        """By their definition."""
+        x, z, tokens = self.x, self.z, len(self.x)
+        return Moments(
+            original=x.mT @ x / tokens,
+            tokens=tokens,
+            shifted=z.mT @ z / tokens if self.is_shifted else None,
+            drift=(x - z).mT @ z / tokens if self.is_shifted else None,
+            metric=self.gradients.mT @ self.gradients / len(self.gradients),
+            row_weights=self.row_gradients.square().mean(dim=1),
+            magnitudes=x.abs().mean(dim=0),
+        )
+
+
+def data_of(tokens: int, shape: tuple[int, int], shifted: bool) -> Data:
+    """As many gradients as tokens; sizes of features and outputs differ."""
+    out, features = shape
+    x = normal(2, tokens, features) * (1 + torch.arange(features))
+    return Data(
+        x=x,
+        z=shifted_from(x) if shifted else x,
+        gradients=normal(3, tokens, out) * (1 + torch.arange(out)),
+        row_gradients=normal(4, out, 3) * (1 + torch.arange(out))[:, None],
+    )
 
 
 def shifted_from(x: torch.Tensor) -> torch.Tensor:
@@ -44,22 +84,36 @@ def shifted_from(x: torch.Tensor) -> torch.Tensor:
     return 0.7 * x + 0.3 * x @ normal(8, features, features) / features + normal(9, *x.shape)
 
 
-def measured_loss(method: Method, weight: torch.Tensor, dense: torch.Tensor, streams) -> float:
-    """The objective that goes with what a method looks at, token by token."""
-    if not method.needs:
-        return float((weight - dense).square().sum())
-    x, z = streams
-    wanted = x if "original" in method.needs else z
-    given = z if "shifted" in method.needs else x
-    return float((wanted @ weight.mT - given @ dense.mT).square().sum(dim=1).mean())
+def is_anchored(method: Method) -> bool:
+    """Whether it wants the outputs of other inputs than those it is given."""
+    return method.needs >= STREAMS
 
 
-def best_map(method: Method, weight: torch.Tensor, streams) -> torch.Tensor:
+def measured_loss(method: Method, weight: torch.Tensor, dense: torch.Tensor, data: Data) -> float:
+    """The objective that goes with what a method looks at: token by token, gradient by gradient."""
+    if method.needs & STREAMS:
+        wanted = data.x if "original" in method.needs else data.z
+        given = data.z if "shifted" in method.needs else data.x
+        gaps = (wanted @ weight.mT - given @ dense.mT) / len(data.x) ** 0.5
+    else:
+        gaps = (weight - dense).mT
+        if "magnitudes" in method.needs:
+            gaps = data.x.abs().mean(dim=0).pow(method.alpha)[:, None] * gaps
+    if "gradients" in method.needs:
+        energy = float(data.gradients.square().mean())
+        told = (gaps @ data.gradients.mT).square().sum() / len(data.gradients)
+        return float(told + method.damping * energy * gaps.square().sum())
+    if "weight_gradients" in method.needs:
+        weights = data.row_gradients.square().mean(dim=1)
+        return float((gaps.square() * (weights + 1e-6 * weights.mean())).sum())
+    return float(gaps.square().sum())
+
+
+def best_map(method: Method, weight: torch.Tensor, data: Data) -> torch.Tensor:
     """The map that a method would choose if the rank were free."""
-    x, z = streams
-    if method.needs < STREAMS:
+    if not is_anchored(method):
         return weight
-    return torch.linalg.lstsq(z, x @ weight.mT).solution.mT
+    return torch.linalg.lstsq(data.z, data.x @ weight.mT).solution.mT
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -78,14 +132,13 @@ def weight(shape) -> torch.Tensor:
 
 
 @pytest.fixture(params=["equal", "shifted"])
-def streams(request, shape) -> tuple[torch.Tensor, torch.Tensor]:
-    x = normal(2, 40, shape[1]) * (1 + torch.arange(shape[1]))
-    return x, x if request.param == "equal" else shifted_from(x)
+def data(request, shape) -> Data:
+    return data_of(40, shape, request.param == "shifted")
 
 
 @pytest.fixture
-def moments(streams) -> Moments:
-    return moments_of(*streams)
+def moments(data) -> Moments:
+    return data.moments()
 
 
 @pytest.fixture
@@ -93,14 +146,17 @@ def solved(method, weight, moments) -> Decomposition:
     return method.decompose(weight, moments)
 
 
-def test_there_are_five_and_each_objective_of_the_literature_among_them():
+def test_there_are_eight_and_each_objective_of_the_literature_among_them():
     assert {frozenset(kind.needs) for kind in METHODS.values()} == {
         frozenset(),
         frozenset({"original"}),
         frozenset({"shifted"}),
         frozenset(STREAMS),
+        frozenset({"weight_gradients"}),
+        frozenset({"magnitudes"}),
+        frozenset({"original", "gradients"}),
     }
-    assert len(METHODS) == 5
+    assert len(METHODS) == 8
 
 
 def test_it_says_what_it_is(method):
@@ -108,7 +164,7 @@ def test_it_says_what_it_is(method):
     assert isinstance(method, Method)
     assert METHODS[kind.name] is kind
     assert isinstance(kind.needs, frozenset)
-    assert kind.needs <= STREAMS
+    assert kind.needs <= NEEDS
     assert isinstance(kind.default_ridge, float)
     assert 0 <= kind.default_ridge < 1
     for text in (kind.name, kind.paper, kind.objective, kind.__doc__):
@@ -118,47 +174,46 @@ def test_it_says_what_it_is(method):
     assert " " not in kind.name
 
 
-def test_full_rank_is_the_best_map(method, weight, streams, solved):
+def test_full_rank_is_the_best_map(method, weight, data, solved):
     """The weight itself, or, for outputs of other inputs, least squares on the tokens."""
     rank = min(weight.shape)
-    expected = best_map(method, weight, streams)
+    expected = best_map(method, weight, data)
     size = float(expected.norm())
     dense = solved.truncate(rank).dense()
     torch.testing.assert_close(dense, expected, rtol=0, atol=10 * LINALG * max(size, 1))
-    floor = measured_loss(method, weight, expected, streams)
+    floor = measured_loss(method, weight, expected, data)
     assert solved.loss(rank) == pytest.approx(floor, abs=LOSS * solved.energy)
     assert solved.floor == pytest.approx(floor, abs=LOSS * solved.energy)
 
 
-def test_only_the_outputs_of_other_inputs_leave_a_floor(method, streams, solved):
-    x, z = streams
-    if torch.equal(x, z) or method.needs < STREAMS:
-        assert solved.floor == 0.0
-    else:
+def test_only_the_outputs_of_other_inputs_leave_a_floor(method, data, solved):
+    if data.is_shifted and is_anchored(method):
         assert solved.floor > 1e-3 * solved.energy
+    else:
+        assert solved.floor == 0.0
 
 
-def test_losses_are_those_of_the_factors(method, weight, streams, moments, solved):
+def test_losses_are_those_of_the_factors(method, weight, data, moments, solved):
     for rank in range(min(weight.shape) + 1):
         factors = solved.truncate(rank)
         assert factors.left.shape == (weight.shape[0], rank)
         assert factors.right.shape == (rank, weight.shape[1])
         told = method.loss(weight, factors, moments)
-        measured = measured_loss(method, weight, factors.dense(), streams)
+        measured = measured_loss(method, weight, factors.dense(), data)
         assert told == pytest.approx(solved.loss(rank), abs=LOSS * solved.energy)
         assert measured == pytest.approx(solved.loss(rank), abs=LOSS * solved.energy)
 
 
-def test_the_loss_of_any_factors_is_the_loss_on_the_tokens(method, weight, streams, moments):
+def test_the_loss_of_any_factors_is_the_loss_on_the_tokens(method, weight, data, moments):
     for rank in (1, min(weight.shape)):
         factors = Factors(normal(5, weight.shape[0], rank), normal(6, rank, weight.shape[1]))
-        measured = measured_loss(method, weight, factors.dense(), streams)
+        measured = measured_loss(method, weight, factors.dense(), data)
         assert method.loss(weight, factors, moments) == pytest.approx(measured, rel=LOSS)
 
 
-def test_the_ends_of_the_loss(method, weight, streams, solved):
+def test_the_ends_of_the_loss(method, weight, data, solved):
     assert solved.loss(0) == pytest.approx(solved.energy, rel=LOSS)
-    nothing = measured_loss(method, weight, torch.zeros_like(weight), streams)
+    nothing = measured_loss(method, weight, torch.zeros_like(weight), data)
     assert solved.energy == pytest.approx(nothing, rel=LOSS)
     assert solved.energy > 0
     losses = [solved.loss(rank) for rank in range(min(weight.shape) + 1)]
@@ -166,7 +221,7 @@ def test_the_ends_of_the_loss(method, weight, streams, solved):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_no_random_competitor_of_the_rank_does_better(method, weight, streams, moments, solved):
+def test_no_random_competitor_of_the_rank_does_better(method, weight, data, moments, solved):
     slack = LOSS * solved.energy
     for rank in range(1, min(weight.shape) + 1):
         factors = solved.truncate(rank)
@@ -178,13 +233,13 @@ def test_no_random_competitor_of_the_rank_does_better(method, weight, streams, m
                 )
                 assert method.loss(weight, moved, moments) >= solved.loss(rank) - slack
             columns = torch.linalg.qr(normal(seed + 100, weight.shape[0], rank)).Q
-            target = best_map(method, weight, streams)  # the best of its random column space
-            found = measured_loss(method, weight, columns @ (columns.mT @ target), streams)
+            target = best_map(method, weight, data)  # the best of its random column space
+            found = measured_loss(method, weight, columns @ (columns.mT @ target), data)
             assert found >= solved.loss(rank) - slack
 
 
 def test_inputs_are_not_changed(method, weight, moments):
-    tensors = (weight, moments.original, moments.shifted, moments.drift)
+    tensors = (weight, *(getattr(moments, field) for field in FIELDS))
     given = [tensor for tensor in tensors if tensor is not None]
     kept = [tensor.clone() for tensor in given]
     factors = method.decompose(weight, moments).truncate(1)
@@ -197,6 +252,7 @@ def test_the_same_bits_twice(method, weight, moments, solved):
     second = method_by_name(method.name).decompose(weight.clone(), moments)
     assert torch.equal(solved.basis, second.basis)
     assert torch.equal(solved.singular_values, second.singular_values)
+    assert torch.equal(solved.truncate(1).left, second.truncate(1).left)
     assert torch.equal(solved.truncate(1).right, second.truncate(1).right)
     assert (solved.jitter, solved.floor) == (second.jitter, second.floor)
 
@@ -224,17 +280,16 @@ def test_a_weight_that_is_not_finite_is_refused(method, weight, moments, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("field", ["original", "shifted", "drift"])
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_moment_that_is_not_finite_is_refused_or_not_looked_at(method, weight, field, value):
-    x = normal(2, 40, weight.shape[1])
-    moments = moments_of(x, shifted_from(x))
+    moments = data_of(40, tuple(weight.shape), shifted=True).moments()
     bad = getattr(moments, field).clone()
-    bad[0, 0] = value
+    bad.view(-1)[0] = value
     spoilt = replace(moments, **{field: bad})
-    looked_at = STREAMS | {"drift"} if method.needs == STREAMS else method.needs
-    if field in looked_at:
-        named = "drift" if field == "drift" else "second moment"
-        with pytest.raises(NumericalError, match=f"the {named}.* holds 1 entries"):
+    looked_at = method.needs | ({"drift"} if is_anchored(method) else set())
+    need, called = FIELDS[field]
+    if need in looked_at:
+        with pytest.raises(NumericalError, match=f"the {called}.* holds 1 entries"):
             method.decompose(weight, spoilt)
     else:
         found, clean = method.decompose(weight, spoilt), method.decompose(weight, moments)
@@ -247,9 +302,8 @@ def test_a_moment_that_is_not_finite_is_refused_or_not_looked_at(method, weight,
 @pytest.mark.parametrize("is_shifted", [False, True])
 def test_a_singular_moment_is_survived(method, weight, is_shifted):
     """Two tokens: their outputs are reproduced, and the weight says the rest."""
-    x = normal(3, 2, weight.shape[1])
-    streams = x, shifted_from(x) if is_shifted else x
-    moments = moments_of(*streams)
+    data = data_of(2, tuple(weight.shape), is_shifted)
+    moments = data.moments()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumericalWarning)
         solved = method.decompose(weight, moments)
@@ -258,14 +312,14 @@ def test_a_singular_moment_is_survived(method, weight, is_shifted):
     side = min(weight.shape)
     dense = solved.truncate(side).dense()
     torch.testing.assert_close(dense, solved.target, rtol=0, atol=10 * LINALG)
-    if method.needs < STREAMS or not is_shifted:
+    if not (is_anchored(method) and is_shifted):
         torch.testing.assert_close(dense, weight, rtol=0, atol=10 * LINALG)
     # a jitter is part of the problem then, and no more than a millionth of the mean diagonal
     allowed = LOSS * solved.energy + solved.jitter * float(weight.square().sum())
     for rank in range(side + 1):
         factors = solved.truncate(rank)
         assert abs(method.loss(weight, factors, moments) - solved.loss(rank)) <= allowed
-        measured = measured_loss(method, weight, factors.dense(), streams)
+        measured = measured_loss(method, weight, factors.dense(), data)
         assert abs(measured - solved.loss(rank)) <= allowed
 
 

@@ -288,10 +288,6 @@ def test_a_result_is_a_snapshot():
     assert accumulator.result().original.tolist() == [[5.0, 5.0], [5.0, 5.0]]
 
 
-def test_num_bytes_is_one_float64_matrix_and_little_more():
-    assert 8 * 100**2 <= MomentAccumulator(100).num_bytes <= 8.5 * 100**2
-
-
 # of two streams, and with a ridge
 
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimrank.linalg import (
-    break_even_rank,
     effective_rank,
     normalized_effective_rank,
     rank_for_energy,
@@ -95,11 +94,3 @@ def test_rank_for_energy_at_the_ends():
     assert rank_for_energy(values, 1.0) == 3
     assert rank_for_energy(torch.ones(4), 0.75) == 3
     assert rank_for_energy(torch.zeros(4), 0.5) == 0
-
-
-@given(inner=st.integers(1, 60), out=st.integers(1, 60))
-@relaxed
-def test_break_even_rank_against_brute_force(inner, out):
-    cheaper = [r for r in range(min(inner, out) + 1) if r * (inner + out) < inner * out]
-    assert break_even_rank(inner, out) == cheaper[-1]
-    assert break_even_rank(out, inner) == cheaper[-1]

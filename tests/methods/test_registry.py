@@ -5,7 +5,16 @@ from slimrank.methods import METHODS, method_by_name
 
 
 def test_every_key_is_the_name_of_its_class():
-    assert list(METHODS) == ["svd", "svd-llm", "swift-svd", "shift-aware", "aa-svd"]
+    assert list(METHODS) == [
+        "svd",
+        "fwsvd",
+        "asvd",
+        "svd-llm",
+        "swift-svd",
+        "shift-aware",
+        "aa-svd",
+        "kfac-svd",
+    ]
     for name, kind in METHODS.items():
         assert kind.name == name
         assert isinstance(method_by_name(name), kind)
@@ -25,6 +34,8 @@ def test_the_registry_cannot_be_written():
         ("sdv", "svd"),
         ("aasvd", "aa-svd"),
         ("shift_aware", "shift-aware"),
+        ("kfac", "kfac-svd"),
+        ("fw-svd", "fwsvd"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, near):

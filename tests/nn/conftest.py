@@ -30,13 +30,15 @@ def fused_rows(family: str, config: Any) -> tuple[list[int], list[int]]:
     return keys, [row + dim for row in keys]
 
 
-def low_rank(linear: nn.Linear, share: float) -> LowRankLinear:
+def low_rank(linear: nn.Linear, share: float, pivoted: bool) -> LowRankLinear:
     rank = max(1, round(share * min(linear.weight.shape)))
     factors = decompose_outputs(linear.weight.detach().double()).truncate(rank)
-    return LowRankLinear.from_factors(linear, factors)
+    return LowRankLinear.from_factors(linear, factors, pivoted)
 
 
-def make_low_rank(family: str, model: Any, share: float) -> dict[str, tuple[str, str]]:
+def make_low_rank(
+    family: str, model: Any, share: float, pivoted: bool
+) -> dict[str, tuple[str, str]]:
     """Swap the linears of keys and values of each attention; give their names."""
     attentions = {}
     for name, module in list(model.named_modules()):
@@ -50,20 +52,23 @@ def make_low_rank(family: str, model: Any, share: float) -> dict[str, tuple[str,
         else:
             continue
         for part in parts:
-            module.set_submodule(part, low_rank(module.get_submodule(part), share))
+            module.set_submodule(part, low_rank(module.get_submodule(part), share, pivoted))
         attentions[name] = tuple(f"{name}.{part}" for part in parts)
     return attentions
 
 
-@pytest.fixture(scope="session")
-def make_latent(make_model: Callable[..., Any]) -> Callable[..., Any]:
-    """`make_latent(family, share=0.6, dtype=float64, **overrides)`: rank kept, cache attached."""
+@pytest.fixture(scope="session", params=[False, True], ids=["plain", "pivoted"])
+def make_latent(request: Any, make_model: Callable[..., Any]) -> Callable[..., Any]:
+    """`make_latent(family, share=0.6, dtype=float64, **overrides)`: rank kept, cache attached.
+
+    Every test that uses it runs in both layouts.
+    """
 
     def make(
         family: str, share: float = 0.6, dtype: torch.dtype = torch.float64, **overrides: Any
     ) -> Any:
         model = make_model(family, dtype=dtype, **overrides)
-        attach_latent_cache(model, make_low_rank(family, model, share))
+        attach_latent_cache(model, make_low_rank(family, model, share, request.param))
         return model
 
     return make

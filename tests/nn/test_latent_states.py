@@ -38,8 +38,10 @@ def lazy_keys(monkeypatch) -> LatentStates:
     return LatentStates(keys)
 
 
-def lazy_values(bias=True, heads=HEADS) -> LatentStates:
-    linear = LowRankLinear(8, HEADS * DIM, RANK, bias=bias, dtype=torch.float64)
+def lazy_values(bias=True, heads=HEADS, pivoted=False) -> LatentStates:
+    linear = LowRankLinear(8, HEADS * DIM, RANK, bias=bias, dtype=torch.float64, pivoted=pivoted)
+    if pivoted:
+        linear.pivots = torch.tensor([10, 0, 7, 5, 2], dtype=torch.int32)
     for seed, parameter in enumerate(linear.parameters()):
         parameter.data = normal(5 + seed, *parameter.shape)
     like = normal(0, BATCH, heads, 1, DIM)
@@ -118,9 +120,10 @@ def test_everything_else_is_expanded(monkeypatch, count):
         assert len(count) > before, number
 
 
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("queries", [1, 2])
-def test_scores_and_sums_stay_in_latents(monkeypatch, count, queries):
-    keys, values = lazy_keys(monkeypatch), lazy_values()
+def test_scores_and_sums_stay_in_latents(monkeypatch, count, queries, pivoted):
+    keys, values = lazy_keys(monkeypatch), lazy_values(pivoted=pivoted)
     dense_keys, dense_values = keys.dense(), values.dense()
     count.clear()
     for copies in (1, 3):
@@ -134,8 +137,9 @@ def test_scores_and_sums_stay_in_latents(monkeypatch, count, queries):
     assert count == []
 
 
-def test_heads_that_the_architecture_copied(count):
-    values = lazy_values(heads=2 * HEADS)
+@pytest.mark.parametrize("pivoted", [False, True])
+def test_heads_that_the_architecture_copied(count, pivoted):
+    values = lazy_values(heads=2 * HEADS, pivoted=pivoted)
     dense = values.dense()
     assert torch.equal(dense[:, 0], dense[:, 1])
     count.clear()
@@ -144,10 +148,11 @@ def test_heads_that_the_architecture_copied(count):
     assert count == []
 
 
+@pytest.mark.parametrize("pivoted", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "per head", "blind", "blind float"])
-def test_attention_with_masks(monkeypatch, count, bias, mask):
-    keys, values = lazy_keys(monkeypatch), lazy_values(bias)
+def test_attention_with_masks(monkeypatch, count, bias, mask, pivoted):
+    keys, values = lazy_keys(monkeypatch), lazy_values(bias, pivoted=pivoted)
     dense = keys.dense(), values.dense()
     allowed = normal(30, BATCH, 1, 2, TOKENS) > 0
     allowed[..., 0] = True
@@ -200,6 +205,14 @@ def test_many_queries_causal_masks_and_dropout_expand(monkeypatch, count):
     weights = normal(52, BATCH, HEADS, 40, TOKENS)
     assert same(weights @ values, weights @ dense[1])
     assert len(count) == 3
+
+
+def test_pivots_that_are_elsewhere_are_not_looked_at(count):
+    values = lazy_values(pivoted=True)
+    linear = values.source._linear
+    assert values.source.can_mix()
+    linear.pivots = linear.pivots.to("meta")
+    assert not values.source.can_mix()
 
 
 def test_a_factor_that_is_no_plain_matrix_is_used_as_it_is(count):

@@ -3,28 +3,52 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from math import isqrt
+from typing import Final, Literal
 
 from slimrank.errors import BudgetError
-from slimrank.linalg import break_even_rank
 
 Scope = Literal["targets", "model"]
+Layout = Literal["plain", "pivoted", "auto"]
+
+PIVOT_PARAMS: Final = 2
+"""Parameters that a pivot counts: four bytes of int32, two parameters in 16-bit storage.
+
+In float32 storage that is one too many, so no budget is exceeded in bytes either.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
-    """The sides of one linear, and what they make of ranks.
+    """The sides of one linear, the layout of its factors, and what they make of ranks.
+
+    A rank r costs ``r (out + in)`` parameters in the plain layout: two thin factors. The pivoted
+    one leaves out those rows of the second factor that are rows of the identity, and says which
+    they are: ``r (out + in - r)`` and `PIVOT_PARAMS` for each pivot. It is the cheaper one from
+    rank 3 on. Layout 'auto' is at each rank the cheaper of both, and plain where they cost alike.
+
+    References
+    ----------
+    PIFA (arXiv 2501.19090): the pivoted layout.
 
     Examples
     --------
+    Of 192 x 576, rank 100 costs 100 x 768, or 100 x 668 and 200 for the pivots.
+
     >>> shape = LinearShape("k_proj", out_features=192, in_features=576)
-    >>> shape.dense_params, shape.params_per_rank, shape.break_even_rank
-    (110592, 768, 143)
+    >>> shape.dense_params, shape.params(100), shape.break_even_rank
+    (110592, 76800, 143)
+    >>> pivoted = LinearShape("k_proj", 192, 576, layout="pivoted")
+    >>> pivoted.params(100), pivoted.break_even_rank
+    (67000, 191)
+    >>> shape.largest_rank(76800), pivoted.largest_rank(76800)
+    (100, 117)
     """
 
     name: str
     out_features: int
     in_features: int
+    layout: Layout = "plain"
 
     @property
     def dense_params(self) -> int:
@@ -32,18 +56,53 @@ class LinearShape:
         return self.out_features * self.in_features
 
     @property
-    def params_per_rank(self) -> int:
-        """Parameters that one more rank costs."""
-        return self.out_features + self.in_features
+    def full_rank(self) -> int:
+        """Largest rank that a matrix of these sides can have."""
+        return min(self.out_features, self.in_features)
 
     @property
     def break_even_rank(self) -> int:
         """Largest rank whose factors cost less than the matrix; may be 0."""
-        return break_even_rank(self.in_features, self.out_features)
+        return self.largest_rank(self.dense_params - 1)
+
+    def is_pivoted(self, rank: int) -> bool:
+        """Whether the factors of a rank are in the pivoted layout.
+
+        Examples
+        --------
+        >>> [LinearShape("q", 8, 8, layout="auto").is_pivoted(rank) for rank in (1, 2, 3)]
+        [False, False, True]
+        """
+        if self.layout == "auto":
+            return self._pivoted_params(rank) < self._plain_params(rank)
+        return self.layout == "pivoted"
 
     def params(self, rank: int | None) -> int:
         """Parameters at a rank; None is dense."""
-        return self.dense_params if rank is None else rank * self.params_per_rank
+        if rank is None:
+            return self.dense_params
+        return self._pivoted_params(rank) if self.is_pivoted(rank) else self._plain_params(rank)
+
+    def largest_rank(self, params: int) -> int:
+        """Largest rank within so many parameters; 0 if there is none, at most `full_rank`.
+
+        Costs rise with the rank up to there, in any layout.
+        """
+        if params < 0:
+            return 0
+        plain = params // (self.out_features + self.in_features)
+        # r (m - r) <= p where (m - 2 r)^2 >= m^2 - 4 p
+        most = self.out_features + self.in_features + PIVOT_PARAMS
+        square = most**2 - 4 * params
+        pivoted = (most - isqrt(square - 1) - 1) // 2 if square > 0 else self.full_rank
+        found = {"plain": plain, "pivoted": pivoted, "auto": max(plain, pivoted)}
+        return min(found[self.layout], self.full_rank)
+
+    def _plain_params(self, rank: int) -> int:
+        return rank * (self.out_features + self.in_features)
+
+    def _pivoted_params(self, rank: int) -> int:
+        return rank * (self.out_features + self.in_features - rank + PIVOT_PARAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +260,6 @@ def require_fixed(shapes: Sequence[LinearShape], fixed: Mapping[str, int]) -> No
     for name, rank in fixed.items():
         if name not in known:
             raise BudgetError(f"{name}: rank {rank} is fixed, but no targeted linear has this name")
-        largest = min(known[name].out_features, known[name].in_features)
+        largest = known[name].full_rank
         if not 1 <= rank <= largest:
             raise BudgetError(f"{name}: fixed rank {rank} is not within 1 and {largest}")

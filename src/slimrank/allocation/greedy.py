@@ -1,11 +1,12 @@
 """Ranks within one block, step by step to whom a parameter helps most."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from slimrank.allocation.budget import Budget, LinearShape, require_fixed
+from slimrank.allocation.fill import Curve, fill, rank_costs
 from slimrank.allocation.uniform import fixed_params
 from slimrank.errors import BudgetError, NumericalError
 
@@ -25,17 +26,20 @@ def greedy(
     The loss to be made small is ``Σ_m w_m Σ_{j > r_m} σ²_{m,j}``. Every linear starts at the
     smallest rank, and `multiple_of` more ranks of linear m, from r on, are worth
 
-    .. math:: \frac{w_m \sum_{j=r+1}^{r+s} \sigma_{m,j}^2}{s\,(\text{out} + \text{in})}
+    .. math:: \frac{w_m \sum_{j=r+1}^{r+s} \sigma_{m,j}^2}
+        {\text{params}_m(r + s) - \text{params}_m(r)}
 
     a parameter. Steps are taken in order of that worth; one that no longer fits is passed over, and
     cheaper ones behind it may still be taken. Steps of equal worth go to the smaller rank first,
     then by order of shapes.
 
-    Singular values fall, so the steps of a linear are worth less and less, and the best set of
-    steps at its own cost is always the first so many in order of worth. Up to the first step that
-    is passed over the result is therefore optimal, and so all of it where steps cost the same;
-    otherwise it is short of the optimum by no more than that one step gains. For the same reason a
-    larger budget never leaves a larger loss, though a single rank may be smaller.
+    In the plain layout every step of a linear costs the same, and singular values fall: steps are
+    worth less and less. In the pivoted one steps cost less and less, and may be worth more than
+    those before them; then they are taken together, as edges of a lower hull (see
+    `slimrank.allocation.fill`, which has the proofs). Up to the first edge that is passed over the
+    result is optimal, and so all of it where steps cost the same; otherwise it is short of the
+    optimum by no more than that one edge gains. A larger budget never leaves a larger loss, though
+    a single rank may be smaller.
 
     Parameters
     ----------
@@ -103,34 +107,24 @@ def greedy(
     left = params - sum(shape.params(ranks[shape.name]) for shape in shapes)
     if left < 0:
         raise BudgetError(_too_small(shapes, params, smallest, fixed))
-    steps: list[tuple[float, int, int]] = []
-    for position, shape in enumerate(shapes):
-        if shape.name not in fixed:
-            _check(shape, spectra[shape.name], weights[shape.name], smallest)
-            worths = _worths(shape, spectra[shape.name], weights[shape.name], smallest, multiple_of)
-            steps += ((-worth, number, position) for number, worth in enumerate(worths))
-    for *_, position in sorted(steps):
-        shape = shapes[position]
-        cost = multiple_of * shape.params_per_rank
-        if cost <= left:
-            ranks[shape.name] += multiple_of
-            left -= cost
+    free = [shape for shape in shapes if shape.name not in fixed]
+    curves = []
+    for shape in free:
+        _check(shape, spectra[shape.name], weights[shape.name], smallest)
+        largest = shape.break_even_rank // multiple_of * multiple_of
+        squares = spectra[shape.name][smallest:largest].double().square()
+        gains = weights[shape.name] * squares.reshape(-1, multiple_of).sum(1)
+        costs = rank_costs(shape, smallest, largest, multiple_of)
+        curves.append(Curve(costs, gains.cpu().numpy()))
+    taken, _ = fill(curves, left)
+    for shape, steps in zip(free, taken, strict=True):
+        ranks[shape.name] += steps * multiple_of
     return ranks
-
-
-def _worths(
-    shape: LinearShape, values: Tensor, weight: float, smallest: int, step: int
-) -> Iterator[float]:
-    """Gain per parameter of each step from the smallest rank up to break-even."""
-    largest = shape.break_even_rank // step * step
-    squares = values[smallest:largest].double().square()
-    cost = step * shape.params_per_rank
-    return (weight * gain / cost for gain in squares.reshape(-1, step).sum(1).tolist())
 
 
 def _check(shape: LinearShape, values: Tensor, weight: float, smallest: int) -> None:
     """Refuse what no order of steps can be told from."""
-    name, side = shape.name, min(shape.out_features, shape.in_features)
+    name, side = shape.name, shape.full_rank
     if smallest > shape.break_even_rank:
         raise BudgetError(
             f"{name}: rank {smallest} does not make a linear of {shape.out_features} x "

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from slimrank.allocation.budget import Budget, RankPlan
+from slimrank.allocation.budget import Budget, Layout, RankPlan
 from slimrank.allocation.profile import LinearProfile
 from slimrank.allocation.uniform import uniform
 from slimrank.errors import BudgetError
@@ -28,8 +28,10 @@ def swift(
     .. math:: s_i = \beta_i^\alpha \, \ln(e + \varepsilon^*_{\bar k, i})^{1 - \alpha}
 
     with β the block's importance, min-max normalised to [1, 2], and ε* the `residual`. A pool's
-    ranks add up to exactly what `uniform` gives it, so the budget is kept for every shape. What
-    `uniform` leaves dense stays dense.
+    ranks add up to exactly what `uniform` gives it, so the budget is kept for every shape; in the
+    pivoted layout, where one more rank costs less the more there are, unequal ranks of the same sum
+    cost less than equal ones, and the difference is not spent. What `uniform` leaves dense stays
+    dense.
 
     Parameters
     ----------
@@ -128,17 +130,18 @@ def _normalized_importances(profiles: Sequence[LinearProfile]) -> list[float]:
 
 def _pools(
     profiles: Sequence[LinearProfile], plan: RankPlan, fixed: Mapping[str, int]
-) -> dict[tuple[str, int, int, int], list[int]]:
-    """Positions of the profiles that share ranks, by kind, sides and uniform rank.
+) -> dict[tuple[str, int, int, Layout, int], list[int]]:
+    """Positions of the profiles that share ranks, by kind, sides, layout and uniform rank.
 
-    Equal sides have equal uniform ranks, so the last part of the key splits no pool.
+    Equal sides and layouts have equal uniform ranks: the last part of the key splits no pool.
     """
-    pools: dict[tuple[str, int, int, int], list[int]] = defaultdict(list)
+    pools: dict[tuple[str, int, int, Layout, int], list[int]] = defaultdict(list)
     for i, profile in enumerate(profiles):
         shape = profile.shape
         rank = plan.ranks[shape.name]
         if rank is not None and shape.name not in fixed:
-            pools[profile.kind, shape.out_features, shape.in_features, rank].append(i)
+            sides = (shape.out_features, shape.in_features)
+            pools[profile.kind, *sides, shape.layout, rank].append(i)
     return pools
 
 

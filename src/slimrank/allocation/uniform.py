@@ -16,14 +16,15 @@ def uniform(
 ) -> RankPlan:
     """Give every linear the same share of its parameters.
 
-    The rank is ``⌊ρ · out · in / (out + in)⌋``, in whole numbers. A linear that no rank makes
+    The rank is the largest within ``ρ · out · in`` parameters: ``⌊ρ · out · in / (out + in)⌋`` in
+    the plain layout, more in the pivoted one (see `LinearShape`). A linear that no rank makes
     smaller stays dense; it frees nothing, so the others share what is left and the sum stays within
     the budget. At ρ = 1 everything stays dense.
 
-    Ranks that are fixed are paid first, ``rank (out + in)`` each even where that is more than
-    dense, and the others share what is left by the same rule: their share is larger or smaller than
-    ρ, and from 1 on they stay dense. At ρ = 1 they stay dense whatever the fixed ones cost. That is
-    the one case where the sum may be over the budget: by what the fixed ones cost over dense.
+    Ranks that are fixed are paid first, even where that is more than dense, and the others share
+    what is left by the same rule: their share is larger or smaller than ρ, and from 1 on they stay
+    dense. At ρ = 1 they stay dense whatever the fixed ones cost. That is the one case where the sum
+    may be over the budget: by what the fixed ones cost over dense.
 
     Parameters
     ----------
@@ -60,6 +61,9 @@ def uniform(
     {'q': 230, 'k': 115}
     >>> dict(uniform(shapes, Budget(0.8), fixed={"k": 160}).ranks)
     {'q': 200, 'k': 160}
+    >>> pivoted = [LinearShape("q", 576, 576, layout="auto")]
+    >>> dict(uniform(pivoted, Budget(0.8)).ranks)
+    {'q': 317}
     """
     fixed = fixed or {}
     require_fixed(shapes, fixed)
@@ -75,8 +79,8 @@ def uniform(
             raise BudgetError(_too_small(budget, shapes, other_params, fixed))
         share = (allowed - stays) / size
         for shape in shrinkable:
-            most = share * shape.dense_params / shape.params_per_rank
-            ranks[shape.name] = int(most) // step * step
+            most = shape.largest_rank(int(share * shape.dense_params))
+            ranks[shape.name] = most // step * step
             if most < smallest:
                 raise BudgetError(_too_small(budget, shapes, other_params, fixed, shape.name))
     plan = RankPlan(ranks)
@@ -105,7 +109,7 @@ def _too_small(
         if shape.name in fixed:
             continue
         if smallest <= shape.break_even_rank:
-            need = max(need, Fraction(smallest * shape.params_per_rank, shape.dense_params))
+            need = max(need, Fraction(shape.params(smallest), shape.dense_params))
             shrinks += shape.dense_params
         else:
             stays += shape.dense_params

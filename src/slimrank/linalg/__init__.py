@@ -1,6 +1,6 @@
 """Second moments, solves and spectra: tensors in, tensors out."""
 
-from slimrank.linalg.anchored import anchored_loss, decompose_anchored
+from slimrank.linalg.anchored import anchored_loss, anchored_target, decompose_anchored
 from slimrank.linalg.drift import DriftAccumulator
 from slimrank.linalg.lowrank import (
     Decomposition,
@@ -9,11 +9,14 @@ from slimrank.linalg.lowrank import (
     decompose_whitened,
     output_loss,
 )
+from slimrank.linalg.metric import damped, decompose_in_metric
 from slimrank.linalg.moments import MomentAccumulator, Moments
+from slimrank.linalg.pivot import PivotedFactors, other_rows, pivot_rows
 from slimrank.linalg.psd import cholesky_with_jitter, divide, symmetric_root, symmetrize
+from slimrank.linalg.remapping import Remapped, remap, remapped_bytes
+from slimrank.linalg.rounding import RoundedRows, even_columns, round_rows, rounding_loss
 from slimrank.linalg.signs import fix_signs
 from slimrank.linalg.spectrum import (
-    break_even_rank,
     effective_rank,
     normalized_effective_rank,
     rank_for_energy,
@@ -26,18 +29,30 @@ __all__ = [
     "Factors",
     "MomentAccumulator",
     "Moments",
+    "PivotedFactors",
+    "Remapped",
+    "RoundedRows",
     "anchored_loss",
-    "break_even_rank",
+    "anchored_target",
     "cholesky_with_jitter",
+    "damped",
     "decompose_anchored",
+    "decompose_in_metric",
     "decompose_outputs",
     "decompose_whitened",
     "divide",
     "effective_rank",
+    "even_columns",
     "fix_signs",
     "normalized_effective_rank",
+    "other_rows",
     "output_loss",
+    "pivot_rows",
     "rank_for_energy",
+    "remap",
+    "remapped_bytes",
+    "round_rows",
+    "rounding_loss",
     "symmetric_root",
     "symmetrize",
     "tail_energy",

@@ -7,15 +7,18 @@ from torch import Tensor
 
 from slimrank.linalg.lowrank import Decomposition, Factors, decompose_outputs, output_loss
 from slimrank.linalg.moments import Moments
-from slimrank.linalg.psd import divide, require_finite, symmetrize
+from slimrank.linalg.psd import divide, require_finite
 
 
 def anchored_loss(
     weight: Float[Tensor, "out in"], factors: Factors, moments: Moments, anchor: float = 1.0
 ) -> float:
-    """Mean of ``‖W a − left right z‖²`` with ``a = α x + (1 − α) z``, and the ridge's share.
+    """Mean of ``‖W a − G z‖²`` with ``a = α x + (1 − α) z`` and ``G = left right``; ridge included.
 
-    With ``d = x − z`` and ``Δ = W − left right`` it is ``tr Δ S Δᵀ + 2 α tr W D Δᵀ + α² E‖W d‖²``.
+    Multiplied out it is ``E‖W a‖² − 2 tr W (S + α D) Gᵀ + tr G S Gᵀ``, with ``S = E z zᵀ`` and
+    ``D = E (x − z) zᵀ``. The moments are multiplied by matrices of `rank` rows only, so it costs
+    less than a product of weight and moment. As with any difference of energies, what is below the
+    unit roundoff of ``E‖W a‖²`` is not told apart from zero.
 
     Parameters
     ----------
@@ -23,18 +26,27 @@ def anchored_loss(
     factors : Factors
         Of any dtype; the arithmetic is float64.
     moments : Moments
+        As for `decompose_anchored`.
     anchor : float
         Share α of the original inputs.
+
+    Raises
+    ------
+    ValueError
+        If the streams differ and the moments tell no energy of the original outputs.
     """
     weight = weight.detach().double()
     assert moments.arriving is not None
-    plain = output_loss(weight, factors, moments.arriving)
     if moments.drift is None or anchor == 0:
-        return plain
-    gap = weight - factors.left.double() @ factors.right.double()
-    carried = weight @ moments.drift.to(weight)
-    spread = _spread(weight, moments, carried)
-    return max(plain + 2 * anchor * float((carried * gap).sum()) + anchor**2 * spread, 0.0)
+        return output_loss(weight, factors, moments.arriving)
+    seen, drift = moments.arriving.to(weight), moments.drift.to(weight)
+    left, right = factors.left.double(), factors.right.double()
+    wanted = left.mT @ weight
+    given = (left.mT @ left) @ right
+    products = (given - 2 * wanted) @ seen
+    products -= 2 * anchor * (wanted @ drift)
+    energy = _wanted_energy(weight, moments, anchor)
+    return max(energy + float((products * right).sum()), 0.0)
 
 
 def decompose_anchored(
@@ -80,34 +92,57 @@ def decompose_anchored(
     >>> solved.truncate(1).dense().tolist(), solved.loss(1), solved.floor
     ([[6.0, 0.0], [0.0, 0.0]], 4.0, 0.0)
     """
+    target = anchored_target(weight, moments, anchor)
+    weight = weight.detach().double()
+    assert moments.arriving is not None
+    solved = decompose_outputs(target, moments.arriving.to(weight), moments.known_tokens)
+    if moments.drift is None or anchor == 0:
+        return solved
+    return replace(solved, floor=max(_wanted_energy(weight, moments, anchor) - solved.energy, 0.0))
+
+
+def anchored_target(
+    weight: Float[Tensor, "out in"], moments: Moments, anchor: float = 1.0
+) -> Float[Tensor, "out in"]:
+    """Best map of full rank: ``W + α W D S⁻¹``, in float64; see `decompose_anchored`.
+
+    Raises
+    ------
+    NumericalError
+        If the weight or a moment is not finite.
+    """
     seen = moments.arriving
     assert seen is not None
     require_finite(weight, "the weight")
     require_finite(seen, "the second moment")
     weight = weight.detach().double()
     if moments.drift is None or anchor == 0:
-        return decompose_outputs(weight, seen, moments.known_tokens)
+        return weight
     require_finite(moments.drift, "the drift")
-    seen = symmetrize(seen.to(weight))
     carried = weight @ moments.drift.to(weight)
-    target = weight + anchor * divide(carried, seen, moments.known_tokens)
-    solved = decompose_outputs(target, seen, moments.known_tokens)
-    energy = float(((weight @ seen) * weight).sum()) + 2 * anchor * float((carried * weight).sum())
-    energy += anchor**2 * _spread(weight, moments, carried)
-    return replace(solved, floor=max(energy - solved.energy, 0.0))
+    return weight + anchor * divide(carried, seen.to(weight), moments.known_tokens)
 
 
-def _spread(weight: Tensor, moments: Moments, carried: Tensor) -> float:
-    """``E ‖W (x − z)‖²``; ``carried`` is ``W D``."""
-    assert moments.arriving is not None
+def _wanted_energy(weight: Tensor, moments: Moments, anchor: float) -> float:
+    """``E ‖W a‖²``, the ridge's share included; of the original outputs alone if the anchor is 1.
+
+    Otherwise it is ``α² E‖W x‖² + (1 − α²) E‖W z‖² + 2 α (1 − α) tr W D Wᵀ``.
+    """
     if moments.original is not None:
         require_finite(moments.original, "the second moment of the original inputs")
-        seen = moments.original.to(weight)
-        energy = float(((weight @ seen) * weight).sum())
+        energy = _energy(weight, moments.original)
     elif moments.output_energy is not None:
         energy = moments.output_energy + moments.ridge * float(weight.square().sum())
     else:
         raise ValueError("the anchored loss needs the energy of the original outputs")
-    shifted = moments.arriving.to(weight)
-    apart = energy - float(((weight @ shifted) * weight).sum())
-    return max(apart - 2 * float((carried * weight).sum()), 0.0)
+    if anchor == 1:
+        return energy
+    assert moments.arriving is not None
+    assert moments.drift is not None
+    mixed = (1 - anchor**2) * moments.arriving + 2 * anchor * (1 - anchor) * moments.drift
+    return anchor**2 * energy + _energy(weight, mixed)
+
+
+def _energy(weight: Tensor, moment: Tensor) -> float:
+    """``tr W M Wᵀ``."""
+    return float(((weight @ moment.to(weight)) * weight).sum())

@@ -4,7 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from slimrank.linalg.moments import SMALL_BLOCK, heavy_tokens, require_squarable, typical_mean
+from slimrank.linalg.moments import (
+    SMALL_BLOCK,
+    add_product,
+    heavy_tokens,
+    require_squarable,
+    typical_mean,
+)
 
 
 class DriftAccumulator:
@@ -97,7 +103,7 @@ class DriftAccumulator:
 
     def _add(self, drift: Tensor, centred: Tensor) -> None:
         self._first += drift.sum(dim=0).to(self._first)
-        self._sums().add_((drift.mT @ centred).to(self._centre.device))
+        add_product(self._sums(), drift, centred)
 
     def _sums(self) -> Tensor:
         if self._products is None:

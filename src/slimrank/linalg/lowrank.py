@@ -4,7 +4,8 @@ For a weight ``W (out, in)`` whose outputs should be ``T x`` and inputs with sec
 ``S = E[x xᵀ]``, the map of rank r that minimises ``E ‖T x − W' x‖²`` is ``B_r B_rᵀ T``, where
 ``B_r`` holds the top r eigenvectors of ``T S Tᵀ`` (Swift-SVD, arXiv 2604.01609, theorem 3.1;
 AA-SVD, arXiv 2604.02119, theorem 3.2). No root and no inverse of ``S`` is needed to state it. The
-routes below differ in how they find ``B``, so in accuracy and cost, not in what they find.
+routes below differ in how they find ``B``, so in accuracy and cost, not in what they find. A metric
+on the outputs other than the identity is put in front of them by `slimrank.linalg.metric`.
 
 Swift-SVD writes ``Y = X W`` with rows as tokens; here ``W`` is PyTorch's ``(out, in)``, so its
 ``V_k`` is our basis and its ``A_k = W V_k``, ``B_k = V_kᵀ`` are our ``right.mT`` and ``left.mT``.
@@ -52,15 +53,21 @@ class Decomposition:
     ----------
     basis : Tensor of shape (out, k)
         Orthonormal columns, best first, ``k = min(out, in)``; fewer in one that was `shortened`.
+        With a `dual` they are neither orthogonal nor of unit length.
     target : Tensor of shape (out, in)
         The best map of full rank.
     singular_values : Tensor of shape (min(out, in),), float64
-        Descending, always all of them; squares are the mean energy per token of each column.
+        Descending, always all of them; squares are the mean energy per token of each column, in the
+        metric that was solved in.
     jitter : float
-        What was added to the moment's diagonal to take a root; 0.0 in the inverse-free route.
+        What was added to the diagonal of the moment, or of the metric, to take a root; 0.0 in the
+        inverse-free route.
     floor : float
         What no linear map of the inputs can reproduce, at any rank; 0.0 unless the outputs wanted
         are those of other inputs (AA-SVD's ``‖W A‖² − ‖M‖²``).
+    dual : Tensor of shape (out, k) or None
+        Columns with ``dualᵀ basis = I``, so that the best map of rank r is ``basis_r dual_rᵀ T``.
+        None where the basis is its own dual: no metric on the outputs.
     """
 
     basis: Float[Tensor, "out k"]
@@ -68,6 +75,7 @@ class Decomposition:
     singular_values: Float[Tensor, " values"]
     jitter: float = 0.0
     floor: float = 0.0
+    dual: Float[Tensor, "out k"] | None = None
 
     @property
     def energy(self) -> float:
@@ -90,7 +98,9 @@ class Decomposition:
         split : {'orthonormal', 'balanced'}
             Leave ``left`` orthonormal, or give each factor the root of the singular values, which
             is where training wants to start (AA-SVD's code; its algorithm 1 has all of them in
-            ``left``). The product is the same.
+            ``left``). The product is the same. In a metric the columns are of unit length, though
+            not orthogonal, and what is shared is the root mean square of each latent: neither
+            factor depends on the metric's unit, which may be far from that of the weight.
 
         Raises
         ------
@@ -99,32 +109,44 @@ class Decomposition:
         """
         self._check(rank)
         left = self.basis[:, :rank].to(self.target, copy=True).contiguous()
-        right = left.mT @ self.target
+        sizes = self.singular_values[:rank].to(left)
+        if self.dual is None:
+            right = left.mT @ self.target
+        else:
+            lengths = torch.linalg.vector_norm(left, dim=0)
+            right = lengths[:, None] * (self.dual[:, :rank].to(left).mT @ self.target)
+            left, sizes = left / lengths, sizes * lengths
         if split == "orthonormal" or rank == 0:
             return Factors(left=left, right=right)
-        values = self.singular_values[:rank].to(left)
-        root = values.clamp_min(SMALLEST_SHARE * max(float(values[0]), TINY)).sqrt()
+        root = sizes.clamp_min(SMALLEST_SHARE * max(float(sizes.max()), TINY)).sqrt()
         return Factors(left=left * root, right=right / root[:, None])
 
     def shortened(self, columns: int, dtype: torch.dtype) -> "Decomposition":
         """Keep the first columns of the basis, rounded: what is worth storing.
 
-        Rounding to float32 raises the loss by about 1e-15 of the energy: the columns are a
+        Rounding to float32 raises the loss by about 1e-15 of the energy: the factors are a
         stationary point of it, so the first order vanishes, and the right factor is taken from the
-        rounded columns.
+        rounded columns. In a metric that is times its condition number.
         """
-        return replace(self, basis=self.basis[:, :columns].to(dtype, copy=True))
+        dual = None if self.dual is None else self.dual[:, :columns].to(dtype, copy=True)
+        return replace(self, basis=self.basis[:, :columns].to(dtype, copy=True), dual=dual)
 
-    def measured_losses(self, moment: Float[Tensor, "n n"] | None) -> Float[Tensor, " ranks"]:
+    def measured_losses(
+        self,
+        moment: Float[Tensor, "n n"] | None,
+        metric: Float[Tensor, "out out"] | Float[Tensor, " out"] | None = None,
+    ) -> Float[Tensor, " ranks"]:
         """Loss of the factors of every rank as they are, from the moment and not from the spectrum.
 
-        With columns ``L`` and ``C = T S Tᵀ`` it is ``tr C − 2 tr LᵀCL + tr LᵀL LᵀCL``, for all
-        leading blocks of columns at once.
+        With columns ``L`` and rows ``R`` it is ``tr G T S Tᵀ − 2 tr LᵀG T S Rᵀ + tr LᵀG L R S Rᵀ``,
+        for all leading blocks of them at once.
 
         Parameters
         ----------
         moment : Tensor of shape (in, in), optional
             Second moment ``S`` of the inputs; the identity if left out.
+        metric : Tensor of shape (out, out) or (out,), optional
+            Metric ``G`` of the outputs, or its diagonal; the identity if left out.
 
         Returns
         -------
@@ -132,16 +154,16 @@ class Decomposition:
             Without the floor.
         """
         basis = self.basis.to(self.target)
-        right = basis.mT @ self.target
-        seen = right if moment is None else right @ moment.to(right)
-        energy = (
-            self.target if moment is None else self.target @ moment.to(self.target)
-        ) * self.target
-        captured = seen @ right.mT
-        gram = basis.mT @ basis
-        twice = (gram * captured).cumsum(0).cumsum(1).diagonal()
-        losses = energy.sum() - 2 * captured.diagonal().cumsum(0) + twice
-        return torch.cat([energy.sum()[None], losses]).clamp_min(0)
+        dual = basis if self.dual is None else self.dual.to(self.target)
+        right = dual.mT @ self.target
+        seen = _through(right, moment)
+        weighed = _in_metric(metric, self.target)
+        energy = (_through(weighed, moment) * self.target).sum()
+        captured = ((basis.mT @ weighed) * seen).sum(dim=1)
+        gram = basis.mT @ _in_metric(metric, basis)
+        twice = (gram * (seen @ right.mT)).cumsum(0).cumsum(1).diagonal()
+        losses = energy - 2 * captured.cumsum(0) + twice
+        return torch.cat([energy[None], losses]).clamp_min(0)
 
     def _check(self, rank: int) -> None:
         largest = self.basis.shape[1]
@@ -153,8 +175,9 @@ def output_loss(
     weight: Float[Tensor, "out in"],
     factors: Factors,
     moment: Float[Tensor, "in in"] | None = None,
+    metric: Float[Tensor, "out out"] | Float[Tensor, " out"] | None = None,
 ) -> float:
-    """Mean squared output error of given factors: ``tr(Δ S Δᵀ)``, ``Δ = weight − left @ right``.
+    """Mean squared output error of given factors: ``tr(G Δ S Δᵀ)``, ``Δ = weight − left @ right``.
 
     Unlike `Decomposition.loss` it looks at the factors themselves, so it also sees rounding.
 
@@ -165,10 +188,11 @@ def output_loss(
         Of any dtype; the arithmetic is float64.
     moment : Tensor of shape (in, in), optional
         Second moment of the inputs; the identity if left out.
+    metric : Tensor of shape (out, out) or (out,), optional
+        Metric ``G`` of the outputs, or its diagonal; the identity if left out.
     """
     gap = weight.detach().double() - factors.left.double() @ factors.right.double()
-    seen = gap if moment is None else gap @ moment.to(gap)
-    return max(float((seen * gap).sum()), 0.0)
+    return max(float((_through(gap, moment) * _in_metric(metric, gap)).sum()), 0.0)
 
 
 def decompose_outputs(
@@ -272,6 +296,19 @@ def decompose_whitened(
     return Decomposition(
         basis=fix_signs(basis), target=target, singular_values=values, jitter=jitter
     )
+
+
+def _through(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """``matrix @ S``."""
+    return matrix if moment is None else matrix @ moment.to(matrix)
+
+
+def _in_metric(metric: Tensor | None, matrix: Tensor) -> Tensor:
+    """``G @ matrix``."""
+    if metric is None:
+        return matrix
+    metric = metric.to(matrix)
+    return metric[:, None] * matrix if metric.ndim == 1 else metric @ matrix
 
 
 def _checked(target: Tensor, moment: Tensor | None) -> Tensor:

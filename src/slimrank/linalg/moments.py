@@ -41,6 +41,13 @@ class Moments:
         no ``original`` to tell it.
     ridge : float
         What was added to the diagonals.
+    metric : Tensor of shape (out, out) or None, float64
+        Mean over tokens of ``g gᵀ``, ``g`` the gradient of the loss (cross-entropy in nats, summed
+        over tokens) by the outputs of the one linear that is solved.
+    row_weights : Tensor of shape (out,) or None, float64
+        For the same linear, sums over each row of its squared weight gradient; mean over sequences.
+    magnitudes : Tensor of shape (in,) or None, float64
+        Mean over tokens of ``|x|``, feature by feature.
     """
 
     original: Float[Tensor, "n n"] | None
@@ -49,6 +56,9 @@ class Moments:
     drift: Float[Tensor, "n n"] | None = None
     output_energy: float | None = None
     ridge: float = 0.0
+    metric: Float[Tensor, "out out"] | None = None
+    row_weights: Float[Tensor, " out"] | None = None
+    magnitudes: Float[Tensor, " n"] | None = None
 
     @property
     def arriving(self) -> Float[Tensor, "n n"] | None:
@@ -64,7 +74,8 @@ class Moments:
         """Add a share of the mean diagonal to all moments, the cross moment included.
 
         Both streams then hold ``√λ I`` more, so every objective holds ``λ ‖W − W'‖²`` more and
-        shrinks towards the weight. On the shifted moment alone it would shrink towards zero.
+        shrinks towards the weight. On the shifted moment alone it would shrink towards zero. What
+        is known of gradients and magnitudes stays as it is.
 
         Parameters
         ----------
@@ -121,11 +132,6 @@ class MomentAccumulator:
         self._first = torch.zeros(features, dtype=torch.float64, device=device)
         self._second = torch.zeros(features, features, dtype=torch.float64, device=device)
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the running sums."""
-        return self._centre.nbytes + self._first.nbytes + self._second.nbytes
-
     def update(self, inputs: Float[Tensor, "*batch features"]) -> None:
         """Add a block of tokens.
 
@@ -169,8 +175,7 @@ class MomentAccumulator:
         edges = [self.features * i // STRIPES for i in range(STRIPES + 1)]
         for start, end in pairwise(edges):
             if start < end:
-                product = tokens[:, start:end].mT @ tokens[:, :end]
-                self._second[start:end, :end] += product.to(self._second.device)
+                add_product(self._second[start:end, :end], tokens[:, start:end], tokens[:, :end])
 
     def merge(self, other: "MomentAccumulator") -> None:
         """Add what another accumulator saw. Order does not matter beyond rounding."""
@@ -215,6 +220,14 @@ def require_squarable(tokens: Tensor) -> Tensor:
             f"{bad} of {len(norms)} activations are NaN, infinite or too large to square"
         )
     return sizes
+
+
+def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``leftᵀ right`` to float64 sums; what is float64 itself needs no product of its own."""
+    if left.dtype == sums.dtype and left.device == sums.device:
+        sums.addmm_(left.mT, right)
+    else:
+        sums.add_((left.mT @ right).to(sums.device))
 
 
 def heavy_tokens(norms: Tensor) -> Tensor:

@@ -105,18 +105,3 @@ def rank_for_energy(singular_values: Float[Tensor, " k"], share: float) -> int:
     tail = tail_energy(singular_values)
     rounding = 1 + 1e-12  # 1 - 0.9 is a little less than a tenth
     return int((tail > (1 - share) * tail[0] * rounding).sum())
-
-
-def break_even_rank(in_features: int, out_features: int) -> int:
-    """Give the largest rank at which two factors cost less than the dense matrix.
-
-    Two factors of rank r hold ``r (in + out)`` numbers, the matrix ``in * out``.
-
-    Examples
-    --------
-    >>> break_even_rank(4, 4)  # rank 2 would cost 16, as much as dense
-    1
-    >>> break_even_rank(1024, 4096)
-    819
-    """
-    return (in_features * out_features - 1) // (in_features + out_features)

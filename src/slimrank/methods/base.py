@@ -1,10 +1,16 @@
 """What a method is: a name, its needs, and a call from weight and moments to a decomposition."""
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from slimrank.linalg import Decomposition, Factors, Moments
+
+STATISTICS = {
+    "metric": "the loss gradients at the outputs",
+    "row_weights": "the weight gradients",
+    "magnitudes": "the magnitudes of the inputs",
+}
 
 
 @runtime_checkable
@@ -16,10 +22,12 @@ class Method(Protocol):
     name : str
         As in the literature; what recipes and the command line say.
     needs : frozenset of str
-        Whose activations it looks at: 'original', those of the uncompressed model; 'shifted', those
-        that arrive once everything upstream is compressed. If empty it looks at the weight only:
-        then no calibration is run, and its loss is the squared error of the weight instead of that
-        of the outputs.
+        What it looks at beside the weight. Second moments of activations: 'original', those of the
+        uncompressed model; 'shifted', those that arrive once everything upstream is compressed.
+        Other statistics of the uncompressed model, each a field of `Moments`: 'gradients'
+        (`metric`), 'weight_gradients' (`row_weights`), 'magnitudes'. Without one of the streams its
+        loss is a squared error of the weight instead of the outputs; if empty, no calibration is
+        run at all.
     default_ridge : float
         Share of the mean diagonal that is added to the moments if a recipe does not say.
     paper : str
@@ -57,3 +65,21 @@ def require_moment(method: str, moments: Moments | None, stream: str) -> Tensor:
     if moment is None:
         raise ValueError(f"{method} needs moments of the {stream} activations")
     return moment
+
+
+def require_statistic(
+    method: str,
+    moments: Moments | None,
+    field: Literal["metric", "row_weights", "magnitudes"],
+) -> Tensor:
+    """A statistic of `Moments` other than a stream's second moment.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    found: Tensor | None = None if moments is None else getattr(moments, field)
+    if found is None:
+        raise ValueError(f"{method} needs moments of {STATISTICS[field]}")
+    return found

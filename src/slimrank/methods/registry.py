@@ -6,13 +6,20 @@ from types import MappingProxyType
 
 from slimrank.errors import RecipeError
 from slimrank.methods.aa_svd import AASVD, ShiftAware
+from slimrank.methods.asvd import ASVD
 from slimrank.methods.base import Method
+from slimrank.methods.fwsvd import FWSVD
+from slimrank.methods.kfac_aa_svd import KFACAASVD
+from slimrank.methods.kfac_svd import KFACSVD
 from slimrank.methods.svd import SVD
 from slimrank.methods.svd_llm import SVDLLM
 from slimrank.methods.swift_svd import SwiftSVD
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {method.name: method for method in (SVD, SVDLLM, SwiftSVD, ShiftAware, AASVD)}
+    {
+        method.name: method
+        for method in (SVD, FWSVD, ASVD, SVDLLM, SwiftSVD, ShiftAware, AASVD, KFACSVD, KFACAASVD)
+    }
 )
 
 

@@ -1,5 +1,13 @@
 """Modules that run."""
 
+from slimrank.nn.int8_linear import (
+    Int8Factor,
+    Int8Linear,
+    check_scale,
+    empty_int8_factors,
+    has_int8_factors,
+    round_factors,
+)
 from slimrank.nn.latent_cache import (
     attach_latent_cache,
     cache_bytes,
@@ -7,13 +15,21 @@ from slimrank.nn.latent_cache import (
     latent_bytes,
 )
 from slimrank.nn.low_rank_linear import LowRankLinear
+from slimrank.nn.row_placement import check_pivots
 from slimrank.nn.split_linear import SplitLinear
 
 __all__ = [
+    "Int8Factor",
+    "Int8Linear",
     "LowRankLinear",
     "SplitLinear",
     "attach_latent_cache",
     "cache_bytes",
+    "check_pivots",
+    "check_scale",
     "detach_latent_cache",
+    "empty_int8_factors",
+    "has_int8_factors",
     "latent_bytes",
+    "round_factors",
 ]

@@ -6,6 +6,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 
+from slimrank.nn.int8_linear import Int8Linear
 from slimrank.nn.low_rank_linear import LowRankLinear
 
 Positions = tuple[Tensor, Tensor]
@@ -103,12 +104,12 @@ class _Zeros(nn.Linear):
 
     Parameters
     ----------
-    live : nn.Linear or LowRankLinear
+    live : nn.Linear, LowRankLinear or Int8Linear
     width : int
         Of the outputs.
     """
 
-    def __init__(self, live: nn.Linear | LowRankLinear, width: int) -> None:
+    def __init__(self, live: nn.Linear | LowRankLinear | Int8Linear, width: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = live.in_features, width
         self.__dict__.update(_parameters=live._parameters, _buffers=live._buffers)
@@ -128,7 +129,7 @@ def _shadow(module: nn.Module, keys: LowRankLinear, width: int | None) -> nn.Mod
     """Copy what holds linears, down to them; everything else is shared."""
     if module is keys:
         return _expand_only(keys)
-    if isinstance(module, nn.Linear | LowRankLinear):
+    if isinstance(module, nn.Linear | LowRankLinear | Int8Linear):
         return _Zeros(module, width or module.out_features)
     children = {
         # linears further down are parts of something that knows their widths
@@ -149,7 +150,7 @@ def _copy(module: Module, children: dict[str, nn.Module | None]) -> Module:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | LowRankLinear)
+    return isinstance(module, nn.Linear | LowRankLinear | Int8Linear)
 
 
 def _shape_only(value: object) -> object:

@@ -90,7 +90,8 @@ class LatentValues:
         """Whether the second factor is a plain matrix beside the latents: no adapter, no codes."""
         expand = self._linear.expand
         plain = type(expand) is nn.Linear and type(expand.weight) is nn.Parameter
-        return plain and expand.weight.device == self._latents.device
+        here = [expand.weight, self._linear.pivots] if self._linear.pivoted else [expand.weight]
+        return plain and all(part.device == self._latents.device for part in here)
 
     def mix(self, weights: Tensor) -> Tensor:
         """Sums of values under attention weights; no value is expanded.
@@ -105,8 +106,8 @@ class LatentValues:
         """
         batch, query_heads, queries, tokens = weights.shape
         head_dim = self.shape[3]
-        factor = self._linear.expand.weight
-        factor = factor.view(-1, head_dim, factor.shape[1])
+        factor = self._linear.expansion()
+        factor = factor.reshape(-1, head_dim, factor.shape[1])
         heads, _, rank = factor.shape
         flat = weights.to(self._latents.dtype).reshape(batch, query_heads * queries, tokens)
         mixed = (flat @ self._latents).view(batch, heads, -1, rank).transpose(0, 1)

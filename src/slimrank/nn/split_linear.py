@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import ModelError
+from slimrank.nn.int8_linear import Int8Linear
 from slimrank.nn.low_rank_linear import LowRankLinear
 
 Ranges = tuple[tuple[int, int], ...]
@@ -49,9 +50,9 @@ class SplitLinear(nn.Module):
     """
 
     weight: Tensor
-    rest: nn.Linear | LowRankLinear | None
-    keys: nn.Linear | LowRankLinear
-    values: nn.Linear | LowRankLinear
+    rest: nn.Linear | LowRankLinear | Int8Linear | None
+    keys: nn.Linear | LowRankLinear | Int8Linear
+    values: nn.Linear | LowRankLinear | Int8Linear
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class SplitLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """Put the rows back into one ordinary linear of the same function."""
         parts = [
-            child.to_linear() if isinstance(child, LowRankLinear) else child
+            child.to_linear() if isinstance(child, LowRankLinear | Int8Linear) else child
             for child in self._children()
         ]
         with torch.device("meta"):
@@ -140,7 +141,7 @@ class SplitLinear(nn.Module):
             strict=True,
         )
 
-    def _children(self) -> list[nn.Linear | LowRankLinear]:
+    def _children(self) -> list[nn.Linear | LowRankLinear | Int8Linear]:
         return [child for child in (self.rest, self.keys, self.values) if child is not None]
 
     def _merge(self, parts: list[Tensor], dim: int) -> Tensor:

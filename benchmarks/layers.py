@@ -1,0 +1,100 @@
+"""Time of one linear: dense, and of low rank in both layouts at the same number of parameters.
+
+    python benchmarks/layers.py --out results/layers.json
+
+Random square linears. Decode is one token, through a row of layers that together outgrow the
+caches, as the weights of a model do; prefill is many tokens through a few. The layouts take turns
+at every layer; medians over all calls and their ratios are quoted.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from typing import Any
+
+import _record
+import torch
+from torch import nn
+
+from slimrank.allocation import LinearShape
+from slimrank.nn import LowRankLinear
+
+PREFILL_COPIES = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--widths", type=int, nargs="+", default=[576, 2048])
+    parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--working-set", type=int, default=256, help="MiB of dense weights")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    draw = torch.Generator().manual_seed(options.seed)
+    cases = itertools.product(options.widths, options.dtypes, options.keeps)
+    results = [case(*chosen, options, draw) for chosen in cases]
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    _record.write(options.out, options.seed, settings, results)
+
+
+def case(
+    width: int, dtype: str, keep: float, options: argparse.Namespace, draw: torch.Generator
+) -> dict[str, Any]:
+    """Microseconds of a layer, and what they are of the dense and of the plain one."""
+    kind = getattr(torch, dtype)
+    budget = int(keep * width * width)
+    shapes = [LinearShape("linear", width, width, layout=name) for name in ("plain", "pivoted")]
+    ranks = {shape.layout: shape.largest_rank(budget) for shape in shapes}
+    copies = options.working_set * 2**20 // (width * width * kind.itemsize)
+    rows = {
+        name: [layer(name, width, rank, kind, draw) for _ in range(copies)]
+        for name, rank in [("dense", 0), *ranks.items()]
+    }
+    found: dict[str, Any] = {"width": width, "dtype": dtype, "keep": keep, "ranks": ranks}
+    for phase, tokens, few in (("decode", 1, copies), ("prefill", options.tokens, PREFILL_COPIES)):
+        part = {name: layers[:few] for name, layers in rows.items()}
+        inputs = torch.randn(1, tokens, width, generator=draw).to(kind)
+        medians = timed(part, inputs, options.rounds)
+        found[phase] = {
+            "microseconds": medians,
+            "plain to dense": medians["plain"] / medians["dense"],
+            "pivoted to dense": medians["pivoted"] / medians["dense"],
+            "pivoted to plain": medians["pivoted"] / medians["plain"],
+        }
+    print(found, flush=True)
+    return found
+
+
+def layer(name: str, width: int, rank: int, dtype: torch.dtype, draw: torch.Generator) -> nn.Module:
+    """A layer of any weights; pivots are scattered, as they are in models."""
+    if name == "dense":
+        return nn.Linear(width, width, bias=False, dtype=dtype)
+    made = LowRankLinear(width, width, rank, bias=False, dtype=dtype, pivoted=name == "pivoted")
+    if made.pivoted:
+        rows = torch.randperm(width, generator=draw)[:rank]
+        made.pivots = rows.sort().values.to(torch.int32)
+    return made
+
+
+@torch.inference_mode()
+def timed(rows: dict[str, list[nn.Module]], inputs: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Median microseconds of a call; the first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for number in range(rounds + 1):
+        for layers in zip(*rows.values(), strict=True):
+            for name, each in zip(rows, layers, strict=True):
+                start = time.perf_counter()
+                each(inputs)
+                if number:
+                    times[name].append(1e6 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Where the outputs of a pivoted linear stand: latents in some rows, the others between them."""
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimrank.errors import CheckpointError
+from slimrank.linalg import other_rows
+
+
+class Rows(NamedTuple):
+    """Where outputs stand, int64.
+
+    Attributes
+    ----------
+    pivots : Tensor of shape (rank,)
+        Rows that are latents, in the order of these.
+    others : Tensor of shape (out - rank,)
+        All other rows, ascending.
+    order : Tensor of shape (out,)
+        Where each row is found in latents followed by the others.
+    """
+
+    pivots: Tensor
+    others: Tensor
+    order: Tensor
+
+
+class RowNumbers:
+    """Row numbers that follow from pivots, kept for as long as the pivots are the same.
+
+    Only the pivots are stored in a checkpoint and moved between devices. What follows from them is
+    no buffer, since a buffer that no file holds is left unset by loaders that begin on the meta
+    device. It is derived when it is asked for and the pivots are another tensor than last time, or
+    one that was written to. Copies and pickles begin anew.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int, Rows] | None = None
+
+    def __reduce__(self) -> tuple[type["RowNumbers"], tuple[()]]:
+        return RowNumbers, ()
+
+    def forget(self) -> None:
+        """Derive them anew next time."""
+        self._kept = None
+
+    def of(self, pivots: Tensor, out_features: int) -> Rows:
+        """Row numbers that follow from pivots.
+
+        Parameters
+        ----------
+        pivots : Tensor of shape (rank,), int32
+        out_features : int
+
+        Raises
+        ------
+        CheckpointError
+            As `check_pivots`.
+
+        Notes
+        -----
+        Inside a graph of ``torch.compile`` versions are out of sight: who writes into pivots in
+        place, other than by ``load_state_dict``, calls `forget`.
+        """
+        kept = self._kept
+        if torch.compiler.is_compiling():
+            if kept is not None and kept[0] is pivots:
+                return kept[2]
+            return _derived(pivots, out_features)
+        # a tensor of inference mode has no version
+        version = -1 if pivots.is_inference() else pivots._version
+        if kept is not None and kept[0] is pivots and kept[1] == version:
+            return kept[2]
+        if not pivots.is_meta:
+            check_pivots(pivots, out_features)
+        with torch.inference_mode(False):  # they may be asked for in training later
+            rows = _derived(pivots, out_features)
+        self._kept = pivots, version, rows
+        return rows
+
+
+def _derived(pivots: Tensor, out_features: int) -> Rows:
+    chosen, others = pivots.long(), other_rows(pivots, out_features)
+    return Rows(chosen, others, torch.cat([chosen, others]).argsort())
+
+
+def check_pivots(pivots: Tensor, out_features: int, name: str = "a pivoted linear") -> None:
+    """Refuse pivots that do not name different rows.
+
+    Parameters
+    ----------
+    pivots : Tensor of shape (rank,)
+    out_features : int
+    name : str
+        Of the linear, for the error.
+
+    Raises
+    ------
+    CheckpointError
+        If they are no int32, or one is out of range or there twice.
+
+    Examples
+    --------
+    >>> check_pivots(torch.tensor([1, 4, 1], dtype=torch.int32), 6, "o_proj")
+    Traceback (most recent call last):
+    slimrank.errors.CheckpointError: pivots of o_proj name row 1 twice: the file is damaged
+    """
+    if pivots.dtype != torch.int32:
+        raise CheckpointError(f"pivots of {name} are {pivots.dtype}, not torch.int32")
+    rows = pivots.detach().sort().values.tolist()
+    strays = [row for row in rows if not 0 <= row < out_features]
+    if strays:
+        raise CheckpointError(
+            f"pivots of {name} name row {strays[0]} of {out_features}: the file is damaged"
+        )
+    for row, following in pairwise(rows):
+        if row == following:
+            raise CheckpointError(f"pivots of {name} name row {row} twice: the file is damaged")
+
+
+def place_rows(latents: Tensor, others: Tensor, rows: Rows) -> Tensor:
+    """Put latents and other outputs into their rows.
+
+    Parameters
+    ----------
+    latents : Tensor of shape (..., rank)
+    others : Tensor of shape (..., out - rank)
+        Its dtype is that of the outputs.
+    rows : Rows
+
+    Returns
+    -------
+    Tensor of shape (..., out)
+
+    Examples
+    --------
+    >>> rows = RowNumbers().of(torch.tensor([2, 0], dtype=torch.int32), 3)
+    >>> place_rows(torch.tensor([5.0, 6.0]), torch.tensor([7.0]), rows)
+    tensor([6., 7., 5.])
+    """
+    if latents.dtype != others.dtype:
+        latents = latents.to(others.dtype)
+    if torch.is_grad_enabled():
+        outputs: Tensor = _Placement.apply(latents, others, *rows)  # type: ignore[no-untyped-call]
+        return outputs
+    return _placed(latents, others, *rows)
+
+
+def _placed(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor, order: Tensor) -> Tensor:
+    shape = *others.shape[:-1], order.numel()
+    if not torch.compiler.is_compiling() and latents.numel() == pivots.numel():
+        # one token: a third faster than what is best for many
+        return torch.cat([latents, others], -1).take(order).view(shape)
+    outputs = others.new_empty(shape)
+    return outputs.index_copy_(-1, pivots, latents).index_copy_(-1, rest, others)
+
+
+class _Placement(torch.autograd.Function):
+    """Each gradient is that of one output: gathered, several times faster than autograd's own."""
+
+    @staticmethod
+    def forward(
+        latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor, order: Tensor
+    ) -> Tensor:
+        return _placed(latents, others, pivots, rest, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        ctx.save_for_backward(*inputs[2:4])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        outputs, (pivots, rest) = gradients[0], ctx.saved_tensors
+        shape = outputs.shape[:-1]
+        return (
+            outputs.gather(-1, pivots.expand(*shape, -1)),
+            outputs.gather(-1, rest.expand(*shape, -1)),
+            None,
+            None,
+            None,
+        )
