@@ -9,14 +9,20 @@ from slimrank.errors import BudgetError, RecipeError, SlimrankError
 
 FULL = {
     "version": 1,
+    "effort": "fast",
     "method": "svd-llm",
     "budget": {"param_ratio": 0.7, "scope": "model", "multiple_of": 8, "min_rank": 16},
     "allocation": "swift",
     "swift": {"importance_weight": 0.3, "retained_share": 0.25, "importance_after_norm": True},
+    "layout": "pivoted",
+    "global_ranks": {"unit": "kfac", "may_stay_dense": True},
+    "gradients": {"labels": "model"},
     "within_block": "greedy",
     "order": "sequential",
     "ridge": 0.1,
     "anchor": 1.0,
+    "damping": 1e-2,
+    "alpha": 0.5,
     "refine": {
         "preset": "fast",
         "epochs": 3,
@@ -27,6 +33,8 @@ FULL = {
         "clip_norm": 2.0,
         "batch_sequences": 5,
         "shuffle": False,
+        "loss": "gradient",
+        "damping": 0.1,
         "scale_loss": False,
         "patience": 4,
         "trains": ["factors", "norms"],
@@ -70,7 +78,9 @@ def test_yaml_round_trip(values, tmp_path):
 
 def test_defaults_are_the_documented_ones():
     recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}})
-    assert (recipe.method, recipe.allocation, recipe.dtype) == ("swift-svd", "uniform", "auto")
+    assert (recipe.method, recipe.allocation, recipe.dtype) == ("kfac-svd", "global", "auto")
+    assert (recipe.layout, recipe.effort) == ("auto", "balanced")
+    assert recipe.global_ranks.model_dump() == {"unit": "kfac", "may_stay_dense": True}
     assert recipe.calibration.source == ()
     assert recipe.targets is None
     assert recipe.budget.scope == "targets"
@@ -88,6 +98,59 @@ def test_defaults_are_the_documented_ones():
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "method", "allocation", "loss"),
+    [
+        ({"effort": "fast"}, "swift-svd", "uniform", None),
+        ({"effort": "best"}, "kfac-svd", "global", "mse"),
+        ({"effort": "best", "refine": "off"}, "kfac-svd", "global", None),
+        ({"effort": "best", "method": "svd-llm"}, "svd-llm", "uniform", None),
+        ({"allocation": "global"}, "swift-svd", "global", None),
+    ],
+)
+def test_an_effort_settles_what_is_not_given(given, method, allocation, loss):
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, **given})
+    assert (recipe.method, recipe.allocation) == (method, allocation)
+    assert (recipe.refine.loss if recipe.refines else None) == loss
+    assert CompressionRecipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "needs", "of_profile"),
+    [
+        ({"method": "swift-svd"}, {"original"}, "swift-svd"),
+        ({"allocation": "global"}, {"original", "gradients"}, "kfac-svd"),
+        ({"allocation": "global", "global_ranks": {"unit": "relative"}}, {"original"}, "swift-svd"),
+        ({"method": "asvd"}, {"magnitudes"}, "swift-svd"),
+        (
+            {"method": "swift-svd", "refine": {"preset": "fast", "loss": "gradient"}},
+            {"original", "gradients"},
+            "swift-svd",
+        ),
+    ],
+)
+def test_needs_are_those_of_method_ranks_and_training(given, needs, of_profile):
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, **given})
+    assert recipe.needs == needs
+    assert recipe.for_profile().method == of_profile
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"method": "svd", "alpha": 0.3}, "an alpha is given, but svd has none; 'asvd' has"),
+        ({"method": "svd", "damping": 0.3}, "a damping is given, but svd has none; 'kfac-svd' has"),
+        (
+            {"method": "svd", "global_ranks": {"unit": "relative"}},
+            "settings of allocation 'global' are given, but allocation is 'uniform'",
+        ),
+    ],
+)
+def test_settings_of_what_is_not_chosen_are_refused(given, message):
+    with pytest.raises(RecipeError, match=message):
+        CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, **given})
+
+
 def with_value(path, value):
     values = {key: dict(v) if isinstance(v, dict) else v for key, v in FULL.items()}
     *parents, last = path.split(".")
@@ -101,7 +164,7 @@ def with_value(path, value):
 @pytest.mark.parametrize(
     ("path", "there_are"),
     [
-        ("methd", "version, method, budget"),
+        ("methd", "version, effort, method, budget"),
         ("budget.ratio", "param_ratio, scope, multiple_of, min_rank"),
         ("calibration.samples", "source, subset, split"),
         ("swift.alpha", "importance_weight, retained_share, importance_after_norm"),
@@ -159,6 +222,10 @@ def test_an_unknown_key_is_named_with_those_beside_it(path, there_are):
         ("refine.clip_norm", 0),
         ("refine.batch_sequences", 0),
         ("refine.patience", 0),
+        ("refine.loss", "mae"),
+        ("refine.loss", None),
+        ("refine.damping", -0.1),
+        ("refine.damping", 1.1),
         ("refine.trains", []),
         ("refine.trains", ["heads"]),
         ("refine.seed", -1),
@@ -252,6 +319,7 @@ def test_every_setting_is_in_the_fingerprint():
         "refine.clip_norm": None,
         "refine.batch_sequences": 6,
         "refine.shuffle": True,
+        "refine.damping": 0.2,
         "refine.scale_loss": True,
         "refine.patience": None,
         "refine.trains": ["factors"],
@@ -265,6 +333,9 @@ def test_every_setting_is_in_the_fingerprint():
     }
     recipes = [FULL, *(with_value(path, value) for path, value in changes.items())]
     recipes += [{**FULL, "swift": {}}, {**FULL, "swift": {}, "allocation": "uniform"}]
+    refine = {key: value for key, value in FULL["refine"].items() if key != "damping"}
+    losses = ("mse", "gradient", "kl")
+    recipes += [{**FULL, "refine": {**refine, "loss": loss}} for loss in losses]
     recipes += [{**FULL, "method": "aa-svd", "anchor": anchor} for anchor in (1.0, 0.5, 0.0)]
     prints = {CompressionRecipe.from_dict(values).fingerprint() for values in recipes}
     assert len(prints) == len(recipes)
@@ -298,7 +369,7 @@ def test_the_ends_of_swifts_shares_are_inside(key):
 
 def test_settings_that_nothing_reads_are_refused():
     values = {"budget": {"param_ratio": 0.5}, "swift": {"importance_weight": 0.5}}
-    with pytest.raises(RecipeError, match="allocation is 'uniform'"):
+    with pytest.raises(RecipeError, match="allocation is 'global'"):
         CompressionRecipe.from_dict(values)
     assert CompressionRecipe.from_dict(values | {"allocation": "swift"}).swift.importance_weight
 
@@ -337,6 +408,19 @@ def test_a_written_preset_reads_back(preset):
 def test_settings_of_a_refinement_that_is_off_are_refused(refine):
     with pytest.raises(RecipeError, match=r"refine: .* it is off; say --refine paper or fast"):
         with_others(refine=refine)
+
+
+@pytest.mark.parametrize("loss", ["mse", "kl"])
+def test_a_damping_is_for_the_loss_with_a_metric(loss):
+    with pytest.raises(RecipeError, match=f"refine: a damping is given, but loss '{loss}' has no"):
+        with_others(refine={"preset": "fast", "loss": loss, "damping": 0.5})
+    refine = with_others(refine={"preset": "fast", "loss": "gradient", "damping": 0.5}).refine
+    assert (refine.loss, refine.damping) == ("gradient", 0.5)
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast"])
+def test_presets_train_by_the_squared_error(preset):
+    assert with_others(refine=preset).refine.loss == "mse"
 
 
 @pytest.mark.parametrize("method", ["svd", "svd-llm", "swift-svd", "shift-aware"])
@@ -389,4 +473,4 @@ def test_ranks_come_from_a_profile_of_one_pass():
     for method in ("svd", "shift-aware", "aa-svd"):
         recipe = with_others(method=method, ridge=0.1).for_profile()
         assert (recipe.method, recipe.ridge) == ("swift-svd", None)
-    assert with_others(method="aa-svd", anchor=0.5).for_profile() == with_others()
+    assert with_others(method="aa-svd", anchor=0.5).for_profile() == with_others(method="swift-svd")

@@ -9,10 +9,13 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from slimrank.allocation import Budget
+from slimrank.allocation import Budget, Layout
 from slimrank.errors import RecipeError, SlimrankError
-from slimrank.methods import AASVD, Method, method_by_name
+from slimrank.methods import AASVD, ASVD, KFACSVD, Method, method_by_name
 
+METHOD_SETTINGS = MappingProxyType(
+    {"anchor": AASVD.name, "damping": KFACSVD.name, "alpha": ASVD.name}
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -76,12 +79,44 @@ class SwiftRecipe(_Frozen):
     )
 
 
+class GlobalRecipe(_Frozen):
+    """Settings of `slimrank.allocation.allocate_global`."""
+
+    unit: Literal["kfac", "gradient", "relative"] = Field(
+        default="kfac",
+        description="What a loss counts: in the metric of kfac-svd; times the mean gradient at the "
+        "outputs; as a share of the outputs' energy.",
+    )
+    may_stay_dense: bool = Field(
+        default=True, description="Leave a linear whole where its parameters are worth it."
+    )
+
+
+class GradientRecipe(_Frozen):
+    """Which loss the gradients are of (see `slimrank.calibration.collect_gradients`)."""
+
+    labels: Literal["data", "model"] = Field(
+        default="data", description="The text's next tokens, or ones that the model draws."
+    )
+
+
 class KVCacheRecipe(_Frozen):
     """Keep latents of keys and values instead of keys and values."""
 
     keep: float = Field(gt=0, le=1, description="Share of the numbers in a dense cache that stay.")
 
 
+EFFORTS: Mapping[Any, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": {"method": "swift-svd", "allocation": "uniform"},
+        "balanced": {"method": "kfac-svd", "allocation": "global"},
+        "best": {
+            "method": "kfac-svd",
+            "allocation": "global",
+            "refine": "fast",
+        },
+    }
+)
 REFINE_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "off": {},
@@ -115,8 +150,20 @@ class RefineRecipe(_Frozen):
     )
     batch_sequences: int = Field(default=32, ge=1, description="Sequences of one step.")
     shuffle: bool = Field(default=True, description="Draw the order of sequences anew each epoch.")
+    loss: Literal["mse", "gradient", "kl"] = Field(
+        default="mse",
+        description="Squared error of the block's output; the same, weighted by what the model's "
+        "loss feels of it; or the divergence of the model's predictions.",
+    )
+    damping: float = Field(
+        default=0.03,
+        ge=0,
+        le=1,
+        description="For loss 'gradient': share of the metric's mean diagonal that is added to it.",
+    )
     scale_loss: bool = Field(
-        default=True, description="Divide the squared error by the variance of the target."
+        default=True,
+        description="Divide squared errors by the variance of the target; 'kl' is not scaled.",
     )
     patience: int | None = Field(
         default=2,
@@ -145,6 +192,14 @@ class RefineRecipe(_Frozen):
                 )
         return {**preset, **values}
 
+    @model_validator(mode="after")
+    def _damping_is_used(self) -> "RefineRecipe":
+        if self.loss != "gradient" and self.damping != type(self).model_fields["damping"].default:
+            raise RecipeError(
+                f"a damping is given, but loss '{self.loss}' has none; 'gradient' has"
+            )
+        return self
+
 
 def _listless(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
@@ -157,12 +212,24 @@ class CompressionRecipe(_Frozen):
     ----------
     budget : BudgetRecipe
         How much to keep.
+    effort : {'fast', 'balanced', 'best'}
+        Settles method and allocation where neither is given: 'fast' takes one pass over the text
+        (swift-svd, uniform ranks), 'balanced' a pass backwards too (kfac-svd, global ranks), and
+        'best' trains the blocks as well, unless a refinement is given. Where it is not looked at,
+        the method is swift-svd and ranks are uniform.
     method : str
         A name from `slimrank.methods.METHODS`.
-    allocation : {'uniform', 'swift'}
+    layout : {'auto', 'plain', 'pivoted'}
+        How factors are stored: two whole factors, or only what a matrix of low rank does not
+        repeat (see `slimrank.linalg.pivot_rows`); 'auto' is pivoted wherever that is smaller.
+    allocation : {'uniform', 'swift', 'global'}
         How the budget is shared out.
     swift : SwiftRecipe
         Settings of allocation 'swift'.
+    global_ranks : GlobalRecipe
+        Settings of allocation 'global'.
+    gradients : GradientRecipe
+        Of methods and units that look at gradients of the loss.
     within_block : {'fixed', 'greedy'}
         Keep the ranks of the allocation, or share each block's parameters out anew once what
         arrives at it is known (see `slimrank.allocation.greedy`).
@@ -173,6 +240,10 @@ class CompressionRecipe(_Frozen):
         Share of the mean diagonal that is added to the moments. The method's own if left out.
     anchor : float
         For 'aa-svd': the share of the original inputs in the target, 0 to 1.
+    damping : float
+        For 'kfac-svd' and 'kfac-aa-svd': the share of the metric's mean diagonal that is added.
+    alpha : float
+        For 'asvd': the exponent of the magnitudes.
     refine : RefineRecipe
         Training of each block after its factors are found.
     kv_cache : KVCacheRecipe, optional
@@ -191,21 +262,27 @@ class CompressionRecipe(_Frozen):
     Examples
     --------
     >>> recipe = CompressionRecipe(budget={"param_ratio": 0.8})
-    >>> recipe.method, recipe.budget.param_ratio
-    ('swift-svd', 0.8)
+    >>> recipe.method, recipe.allocation, recipe.budget.param_ratio
+    ('kfac-svd', 'global', 0.8)
     >>> CompressionRecipe.from_yaml(recipe.to_yaml()) == recipe
     True
     """
 
     version: Literal[1] = 1
+    effort: Literal["fast", "balanced", "best"] = "balanced"
     method: str = "swift-svd"
     budget: BudgetRecipe
-    allocation: Literal["uniform", "swift"] = "uniform"
+    layout: Layout = "auto"
+    allocation: Literal["uniform", "swift", "global"] = "uniform"
     swift: SwiftRecipe = SwiftRecipe()
+    global_ranks: GlobalRecipe = GlobalRecipe()
+    gradients: GradientRecipe = GradientRecipe()
     within_block: Literal["fixed", "greedy"] = "fixed"
     order: Literal["one-shot", "sequential"] | None = None
     ridge: float | None = Field(default=None, ge=0, le=1)
     anchor: float = Field(default=1.0, ge=0, le=1)
+    damping: float = Field(default=1e-2, ge=0, le=1)
+    alpha: float = Field(default=0.5, ge=0, le=2)
     refine: RefineRecipe = RefineRecipe()
     kv_cache: KVCacheRecipe | None = None
     calibration: CalibrationRecipe = CalibrationRecipe()
@@ -213,6 +290,14 @@ class CompressionRecipe(_Frozen):
     ignore: tuple[str, ...] = ()
     blocks: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle(cls, values: Any) -> Any:
+        """Let the effort settle method and allocation, if neither is given."""
+        if not isinstance(values, dict) or values.keys() & {"method", "allocation"}:
+            return values
+        return {**EFFORTS.get(values.get("effort", "balanced"), {}), **values}
 
     @field_validator("method")
     @classmethod
@@ -222,13 +307,20 @@ class CompressionRecipe(_Frozen):
 
     @model_validator(mode="after")
     def _settings_are_used(self) -> "CompressionRecipe":
-        if self.allocation != "swift" and self.swift != SwiftRecipe():
-            raise RecipeError(
-                f"settings of allocation 'swift' are given, but allocation is '{self.allocation}'; "
-                "say --allocation swift too"
-            )
-        if self.method != AASVD.name and self.anchor != 1:
-            raise RecipeError(f"an anchor is given, but {self.method} has none; 'aa-svd' has")
+        for allocation, key in (("swift", "swift"), ("global", "global_ranks")):
+            given = getattr(self, key) != type(getattr(self, key))()
+            if given and self.allocation != allocation:
+                raise RecipeError(
+                    f"settings of allocation '{allocation}' are given, but allocation is "
+                    f"'{self.allocation}'; say --allocation {allocation} too"
+                )
+        for key, name in METHOD_SETTINGS.items():
+            given = getattr(self, key) != type(self).model_fields[key].default
+            if given and name not in (self.method, self.for_profile().method):
+                article = "an" if key[0] in "aeiou" else "a"
+                raise RecipeError(
+                    f"{article} {key} is given, but {self.method} has none; '{name}' has"
+                )
         if self.order == "one-shot" and (self.refines or self.within_block == "greedy"):
             what = "refinement" if self.refines else "--within-block greedy"
             raise RecipeError(f"{what} takes the blocks one after the other: --order sequential")
@@ -247,20 +339,44 @@ class CompressionRecipe(_Frozen):
         shifts = "shifted" in self.make_method().needs
         return shifts or self.refines or self.within_block == "greedy"
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What method, allocation and refinement look at (see `slimrank.methods.Method`)."""
+        needs = self.make_method().needs
+        of_ranks = self.allocation == "global" and self.global_ranks.unit != "relative"
+        of_training = self.refines and self.refine.loss == "gradient"
+        return needs | {"gradients"} if of_ranks or of_training else needs
+
+    def method_settings(self) -> dict[str, float | str]:
+        """Settings of the method, and of the gradients that it looks at."""
+        method = method_by_name(self.method)
+        settings: dict[str, float | str] = {
+            key: getattr(self, key) for key in METHOD_SETTINGS if hasattr(method, key)
+        }
+        return {
+            **settings,
+            **({"labels": self.gradients.labels} if "gradients" in self.needs else {}),
+        }
+
     def make_method(self) -> Method:
         """Make the method, with its settings."""
-        if self.method == AASVD.name:
-            return AASVD(self.anchor)
-        return method_by_name(self.method)
+        method = method_by_name(self.method)
+        settings = {key: getattr(self, key) for key in METHOD_SETTINGS if hasattr(method, key)}
+        return type(method)(**settings)
 
     def for_profile(self) -> "CompressionRecipe":
         """The recipe of a profile that ranks can be taken from: by a method of one pass.
 
-        This one's method if that looks at the original activations only, and 'swift-svd' otherwise.
+        This one's method if that looks at the original activations, and 'swift-svd' otherwise; and
+        'kfac-svd' wherever ranks are told in its unit.
         """
-        if self.make_method().needs == {"original"}:
+        method = self.method if "original" in method_by_name(self.method).needs else "swift-svd"
+        method = "swift-svd" if "shifted" in method_by_name(self.method).needs else method
+        if self.allocation == "global" and self.global_ranks.unit == "kfac":
+            method = KFACSVD.name
+        if method == self.method:
             return self
-        return self.model_copy(update={"method": "swift-svd", "anchor": 1.0, "ridge": None})
+        return self.model_copy(update={"method": method, "anchor": 1.0, "ridge": None})
 
     def relative_ridge(self) -> float:
         """Share of the mean diagonal that is added to the moments."""

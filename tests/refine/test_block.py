@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from slimrank.errors import NumericalWarning, RecipeError
+from slimrank.linalg import decompose_outputs
 from slimrank.nn import LowRankLinear
 from slimrank.recipe import RefineRecipe
 from slimrank.refine import refine_block
@@ -126,6 +127,30 @@ def test_patience_without_held_out_text(make_pairs):
     assert report.kept_epoch == len(report.epochs) == 3
     assert report.start_held_out_loss is None
     assert changed(block, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rank", [6, 16])
+def test_pivoted_linears_are_trained_too(make_pairs, dtype, rank):
+    """At rank 16, which is all that k_proj and v_proj put out, each row is a pivot."""
+    block, pairs = make_pairs("qwen2", dtype)
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, LowRankLinear):
+            linear = layer.to_linear()
+            with torch.no_grad():  # back to a rank above the six that are left
+                generator = torch.Generator().manual_seed(0)
+                noise = torch.randn(linear.weight.shape, generator=generator)
+                linear.weight += 0.05 * noise.to(dtype)
+            factors = decompose_outputs(linear.weight.detach().double()).truncate(rank)
+            block.set_submodule(name, LowRankLinear.from_factors(linear, factors, pivoted=True))
+    assert (block.self_attn.k_proj.expand.weight.numel() == 0) == (rank == 16)
+    before = state_of(block)
+    settings = RefineRecipe(preset="paper", epochs=6, learning_rate=3e-3, batch_sequences=3)
+    report = refine_block(block, pairs, None, settings, 0)
+    assert report.epochs[-1].loss < 0.9 * report.start_loss
+    trained = {name for name, tensor in before.items() if tensor.numel() and "pivots" not in name}
+    assert changed(block, before) | {"self_attn.k_proj.bias"} == trained
+    assert report.trained_params == sum(before[name].numel() for name in trained)
 
 
 class Dropping(nn.Module):

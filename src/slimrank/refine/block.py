@@ -2,17 +2,22 @@
 
 The original block runs on the original stream, the compressed one on what really arrives at it:
 ``min E ‖L(x) − L'(z)‖²`` over the factors, norm scales and biases of ``L'``; all else is fixed.
+Beyond the paper, errors may be measured by what the rest of the model makes of them: to second
+order by a metric of gradients, or exactly, by its predictions.
 """
 
 import time
 import warnings
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from slimrank.errors import NumericalWarning, RecipeError
 from slimrank.nn import LowRankLinear
 from slimrank.recipe import RefineRecipe
 from slimrank.refine.data import BlockData
+from slimrank.refine.divergence import Divergence, Rest
+from slimrank.refine.losses import Loss, SquaredError
 from slimrank.refine.masters import copy_values, master_parameters, set_values
 from slimrank.refine.training import BlockTraining
 from slimrank.report import RefinementEpoch, RefinementReport
@@ -24,6 +29,8 @@ def refine_block(
     held_out: BlockData | None,
     settings: RefineRecipe,
     index: int,
+    metric: Float[Tensor, "hidden hidden"] | None = None,
+    rest: Rest | None = None,
 ) -> RefinementReport:
     """Train a block in place.
 
@@ -41,19 +48,26 @@ def refine_block(
     settings : RefineRecipe
     index : int
         The block's position; the order of sequences is drawn from it and `settings.seed`.
+    metric : Tensor of shape (hidden, hidden), optional
+        For loss 'gradient': second moment of the model's gradients at the original block's output.
+    rest : Rest, optional
+        For loss 'kl'. The data must then give the numbers of its sequences.
 
     Returns
     -------
     RefinementReport
         Losses are shares of the variance of the calibration's targets, also those of `held_out`,
-        whatever `settings.scale_loss` says. They are taken before the parameters are rounded.
+        whatever `settings.scale_loss` says; for 'kl' they are nats a token. They are taken before
+        the parameters are rounded.
 
     Raises
     ------
     RecipeError
         If the block has nothing of what `settings.trains` names.
+    ValueError
+        If what the loss needs is not given.
     NumericalError
-        If a loss or a gradient is not finite, or all targets are equal.
+        If a loss or a gradient is not finite; for squared errors, if all targets are equal.
 
     Notes
     -----
@@ -70,6 +84,7 @@ def refine_block(
     """
     started = time.perf_counter()
     trained = _trained_parameters(block, settings, index)
+    measure = _measure(calibration, settings, index, metric, rest)
     patience = settings.patience
     if patience is not None and held_out is None:
         warnings.warn(
@@ -80,7 +95,7 @@ def refine_block(
         )
     epochs: list[RefinementEpoch] = []
     with master_parameters(block, trained):
-        training = BlockTraining(block, trained, calibration, settings, index)
+        training = BlockTraining(block, trained, calibration, measure, settings, index)
         start_loss = training.loss(calibration)
         start_held_out = None if held_out is None else training.loss(held_out)
         best, kept = start_held_out, 0
@@ -99,6 +114,7 @@ def refine_block(
         if kept < len(epochs):
             set_values(trained, values)
     return RefinementReport(
+        loss=settings.loss,
         start_loss=start_loss,
         start_held_out_loss=start_held_out,
         epochs=tuple(epochs),
@@ -106,6 +122,24 @@ def refine_block(
         trained_params=sum(parameter.numel() for parameter in trained),
         seconds=time.perf_counter() - started,
     )
+
+
+def _measure(
+    calibration: BlockData,
+    settings: RefineRecipe,
+    index: int,
+    metric: Tensor | None,
+    rest: Rest | None,
+) -> Loss:
+    if settings.loss == "gradient":
+        if metric is None:
+            raise ValueError("refine.loss 'gradient' needs the metric of the block's output")
+        return SquaredError.in_metric(calibration, index, metric, settings.damping)
+    if settings.loss == "kl":
+        if rest is None:
+            raise ValueError("refine.loss 'kl' needs the rest of the model")
+        return Divergence(rest)
+    return SquaredError.of(calibration, index)
 
 
 def _trained_parameters(block: nn.Module, settings: RefineRecipe, index: int) -> list[nn.Parameter]:
@@ -117,6 +151,8 @@ def _trained_parameters(block: nn.Module, settings: RefineRecipe, index: int) ->
     }
 
     def kind(name: str, parameter: nn.Parameter) -> str | None:
+        if parameter.numel() == 0:  # a pivoted linear whose rows are all pivots
+            return None
         if id(parameter) in factors:
             return "factors"
         if name.rpartition(".")[2] == "bias":

@@ -24,11 +24,14 @@ class MicroBatch:
         What the original block gives on the original stream.
     call : tuple
         Positional and keyword arguments of the block beside the hidden states.
+    numbers : tuple of int
+        Those of the sequences, for whoever looks further than this block.
     """
 
     inputs: Float[Tensor, "batch length hidden"]
     targets: Float[Tensor, "batch length hidden"]
     call: Call
+    numbers: tuple[int, ...] = ()
 
 
 @runtime_checkable
@@ -73,3 +76,44 @@ def target_variance(data: BlockData) -> float:
         squares += new * new_variance + gap**2 * new * (elements - new) / elements
         low, high = min(low, float(targets.min())), max(high, float(targets.max()))
     return 0.0 if elements == 0 or low == high else squares / elements
+
+
+@torch.no_grad()
+def metric_variance(data: BlockData, root: Float[Tensor, "hidden hidden"]) -> float:
+    """Mean of ``‖Hᵀ (t − m 1)‖²`` over the targets' elements, with m the mean of all of them.
+
+    In float64, of two passes. With the identity it is `target_variance`, and any root of one metric
+    gives the same.
+
+    Parameters
+    ----------
+    data : BlockData
+    root : Tensor of shape (hidden, hidden)
+        H.
+
+    Returns
+    -------
+    float
+        0.0 exactly if all elements are equal or there are none; not finite if an element is not.
+    """
+    every, sums, elements = range(data.num_sequences), [], 0
+    low, high = math.inf, -math.inf
+    for batch in data.micro_batches(every):
+        sums.append(float(batch.targets.double().sum()))
+        elements += batch.targets.numel()
+        low = min(low, float(batch.targets.min()))
+        high = max(high, float(batch.targets.max()))
+    if elements == 0 or low == high:
+        return 0.0
+    if not all(map(math.isfinite, sums)):
+        return math.nan
+    mean = math.fsum(sums) / elements
+    squares = (
+        float(
+            ((batch.targets.double() - mean) @ root.to(batch.targets.device).double())
+            .square()
+            .sum()
+        )
+        for batch in data.micro_batches(every)
+    )
+    return math.fsum(squares) / elements

@@ -5,11 +5,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slimrank.errors import NumericalError
 from slimrank.recipe import RefineRecipe
-from slimrank.refine.data import BlockData, MicroBatch, target_variance
+from slimrank.refine.data import BlockData
+from slimrank.refine.losses import Loss
 
 
 def learning_rate(step: int, steps: int, settings: RefineRecipe) -> float:
@@ -40,7 +41,7 @@ def learning_rate(step: int, steps: int, settings: RefineRecipe) -> float:
 class BlockTraining:
     """Epochs of AdamW over the calibration sequences, and losses between them.
 
-    All losses are mean squared errors as shares of the variance of the calibration's targets.
+    All losses that are returned are means in the loss's own unit.
 
     Parameters
     ----------
@@ -48,6 +49,7 @@ class BlockTraining:
     trained : sequence of nn.Parameter
         Those of `block` that ask for gradients.
     calibration : BlockData
+    measure : Loss
     settings : RefineRecipe
     index : int
         Position of the block.
@@ -55,8 +57,7 @@ class BlockTraining:
     Raises
     ------
     NumericalError
-        If the targets are not finite, all equal, or none. `loss` and `train_epoch` raise it when a
-        loss or a gradient is not finite.
+        By `loss` and `train_epoch`, when a loss or a gradient is not finite.
     """
 
     def __init__(
@@ -64,12 +65,12 @@ class BlockTraining:
         block: nn.Module,
         trained: Sequence[nn.Parameter],
         calibration: BlockData,
+        measure: Loss,
         settings: RefineRecipe,
         index: int,
     ) -> None:
         self._block, self._trained, self._calibration = block, trained, calibration
-        self._settings, self._index = settings, index
-        self._variance = _variance(calibration, index)
+        self._measure, self._settings, self._index = measure, settings, index
         self._optimizer = torch.optim.AdamW(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -80,11 +81,12 @@ class BlockTraining:
     @torch.no_grad()
     def loss(self, data: BlockData) -> float:
         """Of the parameters as they are, on all sequences of `data`."""
-        errors, elements = [], 0
+        totals, elements = [], 0
         for batch in data.micro_batches(range(data.num_sequences)):
-            errors.append(float(_squared_error(self._block, batch)))
-            elements += batch.targets.numel()
-        loss = math.fsum(errors) / elements / self._variance if elements else math.nan
+            total, new = self._measure.total(self._block, batch)
+            totals.append(float(total))
+            elements += new
+        loss = math.fsum(totals) / elements / self._measure.unit if elements else math.nan
         if not math.isfinite(loss):
             raise NumericalError(
                 f"refinement of block {self._index}: the loss on {data.num_sequences} sequences is "
@@ -99,16 +101,16 @@ class BlockTraining:
         if self._settings.shuffle:
             sequences = torch.randperm(len(sequences), generator=self._generator).tolist()
         size = self._settings.batch_sequences
-        squared_error, elements = 0.0, 0
+        total, elements = 0.0, 0
         for start in range(0, len(sequences), size):
-            step_error, step_elements = self._train_step(sequences[start : start + size])
-            squared_error, elements = squared_error + step_error, elements + step_elements
-        return squared_error / elements / self._variance
+            step_total, step_elements = self._train_step(sequences[start : start + size])
+            total, elements = total + step_total, elements + step_elements
+        return total / elements / self._measure.unit
 
     def _train_step(self, sequences: Sequence[int]) -> tuple[float, int]:
-        squared_error, elements = self._accumulate(sequences)
+        total, elements = self._accumulate(sequences)
         norm = nn.utils.clip_grad_norm_(self._trained, self._settings.clip_norm or math.inf)
-        if not (math.isfinite(squared_error) and math.isfinite(float(norm))):
+        if not (math.isfinite(total) and math.isfinite(float(norm))):
             epoch = self._step // self._steps_an_epoch + 1
             raise NumericalError(
                 f"refinement of block {self._index}: the loss or its gradient is not finite in "
@@ -121,46 +123,22 @@ class BlockTraining:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._step += 1
-        return squared_error, elements
+        return total, elements
 
     def _accumulate(self, sequences: Sequence[int]) -> tuple[float, int]:
         """Sum the gradients of all micro-batches, then divide: as if they were one batch."""
-        errors, elements = [], 0
+        totals, elements = [], 0
         for batch in self._calibration.micro_batches(sequences):
             with torch.enable_grad():
-                error = _squared_error(self._block, batch)
-                torch.autograd.backward(error)
-            errors.append(float(error.detach()))
-            elements += batch.targets.numel()
-        scale = elements * (self._variance if self._settings.scale_loss else 1.0)
+                total, new = self._measure.total(self._block, batch)
+                torch.autograd.backward(total)
+            totals.append(float(total.detach()))
+            elements += new
+        scale = elements * (self._measure.unit if self._settings.scale_loss else 1.0)
         for parameter in self._trained:
             if parameter.grad is not None:  # an expert that no token of this step reached has none
                 parameter.grad.div_(scale)
-        return math.fsum(errors), elements
-
-
-def _squared_error(block: nn.Module, batch: MicroBatch) -> Tensor:
-    """Sum over all elements, in float32 or better."""
-    args, kwargs = batch.call
-    reduced = batch.inputs.dtype.itemsize < torch.float32.itemsize
-    device = batch.inputs.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=reduced, cache_enabled=False):
-        output = block(batch.inputs, *args, **kwargs)
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    squares: Tensor = (states.to(dtype) - batch.targets.to(dtype)).square()
-    return squares.sum()
-
-
-def _variance(calibration: BlockData, index: int) -> float:
-    variance = target_variance(calibration)
-    if variance > 0 and math.isfinite(variance):
-        return variance
-    what = "all equal, or none" if variance == 0 else "not all finite"
-    raise NumericalError(
-        f"refinement of block {index}: the original block's outputs are {what}; check the model "
-        "and the calibration text"
-    )
+        return math.fsum(totals), elements
 
 
 def _seed(seed: int, index: int) -> int:
