@@ -1,6 +1,20 @@
 """What a model is worth, measured."""
 
-from slimrank.evaluation.perplexity import perplexity, windows_perplexity
+from slimrank.evaluation.choice import ChoiceTask, read_choice_tasks
+from slimrank.evaluation.harness import ChoiceResult, require_harness, zero_shot
+from slimrank.evaluation.perplexity import cut_windows, perplexity, windows_perplexity
+from slimrank.evaluation.quiet import quiet
 from slimrank.evaluation.result import EvalResult
 
-__all__ = ["EvalResult", "perplexity", "windows_perplexity"]
+__all__ = [
+    "ChoiceResult",
+    "ChoiceTask",
+    "EvalResult",
+    "cut_windows",
+    "perplexity",
+    "quiet",
+    "read_choice_tasks",
+    "require_harness",
+    "windows_perplexity",
+    "zero_shot",
+]

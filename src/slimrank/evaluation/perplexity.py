@@ -64,7 +64,7 @@ def perplexity(
     >>> round(perplexity(Uniform(), torch.tensor([0, 1, 2, 3, 0]), sequence_length=3).value, 4)
     4.0
     """
-    return windows_perplexity(model, _windows(ids, sequence_length, num_windows), track)
+    return windows_perplexity(model, cut_windows(ids, sequence_length, num_windows), track)
 
 
 @torch.no_grad()
@@ -122,7 +122,29 @@ def _result(losses: list[tuple[float, int]], windows: TokenWindows, seconds: flo
     )
 
 
-def _windows(ids: Tensor, length: int, num_windows: int | None) -> TokenWindows:
+def cut_windows(
+    ids: Int[Tensor, " tokens"], length: int, num_windows: int | None = None
+) -> TokenWindows:
+    """Cut a text into the windows that `perplexity` takes.
+
+    Parameters
+    ----------
+    ids : Tensor of shape (tokens,), int64
+    length : int
+        At least 2.
+    num_windows : int, optional
+        Only the first ones; all of the text if left out, its rest as a shorter window.
+
+    Raises
+    ------
+    TextError
+        If the text is shorter than one window, or holds fewer than asked for.
+
+    Examples
+    --------
+    >>> [len(window) for window in cut_windows(torch.arange(10), 4).windows]
+    [4, 4, 2]
+    """
     if length < 2:
         raise TextError("a window needs at least 2 tokens: one to see, one to predict")
     if len(ids) < length:

@@ -1,0 +1,145 @@
+"""What a benchmark of many runs wrote: `frontier.json`, read and checked."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from slimrank.errors import CheckpointError
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class TextPerplexity(_Frozen):
+    """Perplexity on one text; `in_domain` says that it is of the kind that was calibrated on."""
+
+    value: float
+    tokens: int = 0
+    in_domain: bool = False
+
+    @field_validator("value", mode="before")
+    @classmethod
+    def _null_is_no_number(cls, value: Any) -> Any:
+        return math.nan if value is None else value
+
+
+class TaskAccuracy(_Frozen):
+    """Share of `n` questions that were answered rightly, and its standard error."""
+
+    value: float
+    stderr: float
+    n: int
+
+
+class FrontierRun(_Frozen):
+    """One model: dense, quantised, or compressed by one recipe.
+
+    Parameters
+    ----------
+    name, method, allocation, layout, refine : str
+    recipe : dict
+    keep : float
+        Share of the targeted parameters that was to stay.
+    bytes, linear_bytes : int
+        Of the whole model as stored, and of its targeted linears.
+    params, target_params : int
+    perplexity : dict of str to TextPerplexity
+    accuracy : dict of str to TaskAccuracy
+    seconds : float
+    peak_bytes : int
+    is_dense : bool
+        A baseline, full rank: the dense model, or a quantised one.
+    pareto : bool
+    error : str or None
+        Why there are no figures.
+    """
+
+    name: str
+    recipe: dict[str, Any] = {}
+    keep: float = 1.0
+    layout: str = ""
+    method: str = ""
+    allocation: str = ""
+    refine: str = ""
+    bytes: int = 0
+    linear_bytes: int = 0
+    params: int = 0
+    target_params: int = 0
+    perplexity: dict[str, TextPerplexity] = {}
+    accuracy: dict[str, TaskAccuracy] = {}
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    is_dense: bool = False
+    pareto: bool = False
+    error: str | None = None
+
+    def on(self, text: str) -> float:
+        """Perplexity on a text; not a number if it was not measured."""
+        return self.perplexity[text].value if text in self.perplexity else math.nan
+
+
+class FrontierReport(_Frozen):
+    """All runs of a benchmark on one model. Keys that are not named here are passed over."""
+
+    version: Literal[1] = Field(alias="schema")
+    model: str
+    environment: dict[str, Any] = {}
+    date: str = ""
+    settings: dict[str, Any] = {}
+    runs: tuple[FrontierRun, ...]
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "FrontierReport":
+        """Read what a benchmark wrote.
+
+        Raises
+        ------
+        CheckpointError
+            If it is no such report, or one of another version.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise CheckpointError(f"{where} is no frontier: {key}: {first['msg']}") from error
+
+    def texts(self) -> list[str]:
+        """Texts that were measured on, those of other domains than the calibration text first."""
+        known = {text: p.in_domain for run in self.runs for text, p in run.perplexity.items()}
+        return sorted(known, key=lambda text: known[text])
+
+    def tasks(self) -> list[str]:
+        """Tasks that accuracies are of."""
+        runs = [run for run in self.runs if run.error is None]
+        return list(dict.fromkeys(task for run in runs for task in run.accuracy))
+
+    def is_in_domain(self, text: str) -> bool:
+        """Whether a text is of the kind that was calibrated on."""
+        return any(run.perplexity[text].in_domain for run in self.runs if text in run.perplexity)
+
+    def dense(self) -> FrontierRun | None:
+        """The model that was compressed: the largest of the baselines."""
+        baselines = [run for run in self.runs if run.is_dense and run.error is None]
+        return max(baselines, key=lambda run: run.bytes, default=None)
+
+
+def front(runs: Sequence[FrontierRun], figure: Callable[[FrontierRun], float]) -> list[FrontierRun]:
+    """Runs for which no other one is as small and better, or smaller and as good; small ones first.
+
+    Examples
+    --------
+    >>> runs = [FrontierRun(name=n, bytes=b, seconds=s) for n, b, s in
+    ...     (("a", 1, 9.0), ("b", 2, 5.0), ("c", 3, 6.0), ("d", 2, 7.0))]
+    >>> [run.name for run in front(runs, lambda run: run.seconds)]
+    ['a', 'b']
+    """
+    best, kept = math.inf, []
+    for run in sorted(runs, key=lambda run: (run.bytes, figure(run))):
+        if figure(run) < best:
+            best = figure(run)
+            kept.append(run)
+    return kept

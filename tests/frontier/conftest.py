@@ -1,0 +1,40 @@
+"""A benchmark of a tiny model on a few thousand characters."""
+
+import pytest
+
+from slimrank.calibration import packaged_text
+from slimrank.frontier import BenchRecipe
+
+
+@pytest.fixture
+def values(dense_folder, text_file, tmp_path):
+    """Keys of a benchmark that takes a second or so."""
+    (tmp_path / "near.txt").write_text(packaged_text("calibration")[8000:9000], encoding="utf-8")
+    (tmp_path / "far.txt").write_text("0123 4567 89, " * 60, encoding="utf-8")
+    return {
+        "model": str(dense_folder),
+        "texts": {
+            "near": {"path": str(tmp_path / "near.txt"), "in_domain": True},
+            "far": {"path": str(tmp_path / "far.txt")},
+        },
+        "windows": {"length": 64, "number": 4},
+        "base": {
+            "calibration": {
+                "source": [str(text_file)],
+                "num_sequences": 8,
+                "sequence_length": 32,
+                "held_out_sequences": 2,
+            }
+        },
+        "keep": [0.8, 0.6],
+    }
+
+
+@pytest.fixture
+def make_bench(values):
+    """`make_bench(**overrides)` gives a benchmark."""
+
+    def make(**overrides):
+        return BenchRecipe.model_validate({**values, **overrides})
+
+    return make
