@@ -1,13 +1,8 @@
-"""AA-SVD's table 5 on a real model: four objectives, with and without refinement.
+"""Rows of a table: each is one compression in memory, and perplexities of three texts.
 
-    python benchmarks/objectives.py SUITE MODEL --calibration FILE --test FILE --other FILE --out F
-
-A suite is a list of rows; each is one compression in memory and three perplexities: on sequences of
-the calibration text that no run has seen (what settings are chosen by), on the test text, and on a
-text of another kind. Several processes share a suite's rows through a folder, `--claims`; one on a
-CPU leaves refined rows to others. `--merge` puts their files together.
-The other text of the committed figures is the reference manual that Python carries with it:
-"\\n\\n".join(topics[name] for name in sorted(topics)) of pydoc_data.topics in Python 3.11.
+The texts are sequences of the calibration text that no run has seen (what settings are chosen by),
+the test text, and a text of another kind. Several processes share the rows of a suite through a
+folder, `--claims`; one on a CPU leaves refined rows to others. `--merge` puts their files together.
 """
 
 import argparse
@@ -15,6 +10,7 @@ import copy
 import hashlib
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,116 +25,20 @@ from slimrank.recipe import CalibrationRecipe
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
 
 UNSEEN = 24  # sequences of 1,024 tokens at the end of the calibration text, for choices
-BASE = {"keep": 0.8, "seed": 0, "sequences": 32, "length": 512, "refine": "off"}
-REFINED = {"refine": {"preset": "paper", "epochs": 10}}
-
-
-def table(ridge: float | None) -> list[dict[str, Any]]:
-    """Four objectives at three sizes, unrefined and refined, with three seeds."""
-    rows: list[dict[str, Any]] = []
-    for keep, seeds in ((0.8, (0, 1, 2)), (0.6, (0, 1, 2)), (0.4, (0,))):
-        for seed in seeds:
-            same = {"keep": keep, "seed": seed, "order": "sequential"}
-            anchored = {**same, "method": "aa-svd", "ridge": ridge}
-            rows += [{**anchored, **REFINED}, anchored]
-            rows += [{**same, "method": "swift-svd", **how} for how in (REFINED, {})]
-            rows += [{**same, "method": "shift-aware"}]
-            if seed == 0 and keep > 0.4:
-                rows += [{**same, "method": "svd", **how} for how in (REFINED, {})]
-    return rows
-
-
-def ridge(_: float | None) -> list[dict[str, Any]]:
-    """The anchored objective's ridge against the number of calibration tokens."""
-    return [
-        {"keep": keep, "method": "aa-svd", "sequences": count, "ridge": size}
-        for keep, count in ((0.8, 16), (0.8, 64), (0.6, 64), (0.8, 256))
-        for size in (0.1, 0.3, 0.03, 0.01, 0.0)
-    ]
-
-
-def anchor(ridge: float | None) -> list[dict[str, Any]]:
-    """Many tokens and the paper's 25 epochs."""
-    many = {"sequences": 64, "length": 1024, "order": "sequential"}
-    return [
-        {**many, "method": method, "ridge": size, **how}
-        for how in ({"refine": "paper"}, {})
-        for method, size in (("swift-svd", None), ("aa-svd", ridge))
-    ]
-
-
-def epochs(ridge: float | None) -> list[dict[str, Any]]:
-    """`fast` by epochs, by calibration tokens and by what trains, for objective 2 and for 4."""
-    rows: list[dict[str, Any]] = []
-    for count, number in ((32, 1), (32, 2), (32, 4), (32, 16), (64, 4), (128, 2), (128, 8)):
-        how = {"preset": "fast", "epochs": number}
-        rows.append({"method": "swift-svd", "sequences": count, "refine": how})
-    for trains in (["factors"], ["norms"]):
-        how = {"preset": "fast", "trains": trains}
-        rows.append({"method": "swift-svd", "refine": how})
-    anchored = {"method": "aa-svd", "ridge": ridge, "refine": "fast"}
-    rows += [anchored, {**anchored, "keep": 0.6}]
-    return [*rows, {"method": "swift-svd", "refine": "fast", "keep": 0.6}]
-
-
-def fast(_: float | None) -> list[dict[str, Any]]:
-    """What `fast` is to be, and what an epoch is worth, by text that nobody trains on."""
-    rows: list[dict[str, Any]] = []
-    for rate, batch, epochs, count in (
-        (3e-4, 8, 8, 32),
-        (1e-3, 8, 8, 32),
-        (1e-4, 8, 8, 32),
-        (3e-4, 8, 2, 128),
-        (3e-4, 4, 8, 32),
-        (3e-4, 8, 16, 32),
-        (1e-3, 4, 2, 128),
-    ):
-        how = {"preset": "fast", "learning_rate": rate, "batch_sequences": batch, "epochs": epochs}
-        rows.append({"method": "swift-svd", "sequences": count, "refine": how})
-    rows += [
-        {"method": "swift-svd", "refine": {"preset": "paper", "epochs": epochs}}
-        for epochs in (1, 3, 25)
-    ]
-    return rows
-
-
-def ranks(ridge: float | None) -> list[dict[str, Any]]:
-    """Recipes A and B of dynamic ranks, and both, against uniform ones."""
-    return [
-        {
-            "method": method,
-            "ridge": size,
-            "allocation": allocation,
-            "within_block": within,
-            "order": "sequential",
-            **how,
-        }
-        for how in ({}, {"refine": "fast"})
-        for method, size in (("aa-svd", ridge), ("swift-svd", None))
-        for allocation in ("uniform", "swift")
-        for within in ("greedy", "fixed")
-    ]
-
-
-def evidence(ridge: float | None) -> list[dict[str, Any]]:
-    """Everything but the sweeps that settings were chosen by; refined rows first."""
-    rows: list[dict[str, Any]] = []
-    for row in (row for suite in (table, epochs, ranks, anchor) for row in suite(ridge)):
-        if plainly({**BASE, **row}) not in [plainly({**BASE, **known}) for known in rows]:
-            rows.append(row)
-    return sorted(rows, key=lambda row: not is_refined(row))
+BASE = {"keep": 0.8, "seed": 0, "sequences": 32, "length": 512, "refine": "off", "layout": "plain"}
 
 
 def is_refined(row: dict[str, Any]) -> bool:
     return bool(row.get("refine", "off") != "off")
 
 
-SUITES = {f.__name__: f for f in (table, ridge, anchor, epochs, fast, ranks, evidence)}
+Suites = Mapping[str, Callable[[float | None], list[dict[str, Any]]]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
+def main(suites: Suites, description: str | None) -> None:
+    """Read the command line and measure the rows of one suite, in turn."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("suite", choices=suites)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--calibration")
     parser.add_argument("--test")
@@ -150,6 +50,7 @@ def main() -> None:
     parser.add_argument("--claims", help="a folder that other processes know too")
     parser.add_argument("--ridge", type=float, help="of aa-svd; its own if left out")
     parser.add_argument("--known", help="a file of results: its rows are not measured again")
+    parser.add_argument("--backwards", action="store_true", help="begin with the last row")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after")
     parser.add_argument("--merge", nargs="+", help="files of shards")
     parser.add_argument("--out", required=True)
@@ -180,7 +81,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     known = [] if options.known is None else json.loads(Path(options.known).read_text())["results"]
     seen = [plainly(row["wanted"]) for row in known]
-    for number, row in enumerate([*SUITES[options.suite](options.ridge), None]):
+    wanted = list(enumerate([*suites[options.suite](options.ridge), None]))
+    for number, row in reversed(wanted) if options.backwards else wanted:
         is_heavy = row is not None and is_refined(row)
         if known and (row is None or plainly({**BASE, **row}) in seen):
             continue
@@ -309,7 +211,3 @@ def _rounded(values: Any) -> Any:
 
 def _sha(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-if __name__ == "__main__":
-    main()

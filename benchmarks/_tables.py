@@ -1,6 +1,7 @@
 """Tables of the docs, from the committed results: cog writes them, `make docs` checks them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,106 @@ def ranks() -> None:
                 ]
                 cells += [f"{found[0][t]:.1f}" if found else "-" for t in ("test", "other")]
             row(f"`{method}`, {name}", *cells)
+
+
+FAST = {"preset": "fast", "loss": "gradient"}
+PUBLISHED = {"preset": "paper", "epochs": 10}
+
+
+def parts() -> None:
+    """Each ingredient alone and left out, without refinement."""
+    kfac, relative, gradient = (("global", x) for x in ("kfac", "relative", "gradient"))
+    rows: list[tuple[str, str, tuple[str, ...]]] = [
+        ("swift-svd", "plain", ("uniform",)),
+        ("swift-svd", "plain", relative),
+        ("kfac-svd", "plain", ("uniform",)),
+        ("swift-svd", "auto", ("uniform",)),
+        ("swift-svd", "plain", gradient),
+        ("swift-svd", "plain", kfac),
+        ("kfac-svd", "auto", ("uniform",)),
+        ("kfac-svd", "plain", kfac),
+        ("swift-svd", "auto", kfac),
+        ("kfac-svd", "auto", kfac),
+    ]
+    record = read("ablation")
+    dense, base = _frontier_ends(record)
+    titles = ("Δ, share of the first", "WikiText-2", "other text")
+    header("metric of the solve, allocation, layout", *(f"{k}: {t}" for k in base for t in titles))
+    for method, layout, allocation in rows:
+        cells: list[str] = []
+        for keep in base:
+            found = _frontier_rows(record, keep, method, layout, allocation)
+            cells += _frontier_cells(found, dense, base[keep])
+        metric = {"swift-svd": "inputs", "kfac-svd": "K-FAC"}[method]
+        name = {"auto": "pivoted"}.get(layout, layout)
+        row(f"{metric}, {' '.join(allocation)}, {name}", *cells)
+
+
+def frontier() -> None:
+    """The default and what training adds, beside the published recipe."""
+    record = read("ablation")
+    dense, _ = _frontier_ends(record)
+    base = {
+        keep: found[0]["perplexity"]["test"]
+        for keep in (0.8, 0.6, 0.4)
+        if (found := _frontier_rows(record, keep, "swift-svd", "plain", ("uniform",)))
+    }
+    same = {"method": "kfac-svd", "allocation": "global", "layout": "auto"}
+    anchored = {**same, "method": "kfac-aa-svd", "damping": 1e-2}
+    chosen = {**same, "damping": 1e-2}
+    plain = {"method": "swift-svd", "layout": "plain", "allocation": None}
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("`swift-svd`, uniform, plain", {**plain, "refine": "off"}),
+        ("the same, refined as published, 10 epochs", {**plain, "refine": PUBLISHED}),
+        ("**default**: `kfac-svd`, global, pivoted", {**chosen, "refine": "off"}),
+        ("the same, refined, `mse`", {**chosen, "refine": "fast"}),
+        ("the same, refined, `gradient` (`--effort best`)", {**chosen, "refine": FAST}),
+        ("`kfac-aa-svd`, global, pivoted", {**anchored, "refine": "off"}),
+        ("the same, refined, `gradient`", {**anchored, "refine": FAST}),
+    ]
+    header("SmolLM2-135M", *(f"{k}: {t}" for k in base for t in ("Δ", "WikiText-2", "other")))
+    for name, keys in rows:
+        cells = []
+        for keep, first in base.items():
+            wanted = {"keep": keep, "seed": 0, "sequences": 48, "ridge": None, **keys}
+            found = [x for x in _matching(record, wanted) if "gradients" not in x["wanted"]]
+            cells += _frontier_cells(found, dense, first)
+        row(name, *cells)
+
+
+def _frontier_ends(record: Any) -> tuple[float, dict[float, float]]:
+    """Perplexity of the dense model, and of uniform ranks by size."""
+    dense = next(x for x in record["results"] if x["wanted"] == "dense")["perplexity"]["test"]
+    plain = {
+        keep: _frontier_rows(record, keep, "swift-svd", "plain", ("uniform",))[0]
+        for keep in (0.8, 0.6)
+    }
+    return dense, {keep: found["perplexity"]["test"] for keep, found in plain.items()}
+
+
+def _frontier_rows(
+    record: Any, keep: float, method: str, layout: str, allocation: tuple[str, ...]
+) -> list[Any]:
+    same = {"keep": keep, "seed": 0, "sequences": 48, "method": method, "layout": layout}
+    wanted = {**same, "refine": "off", "ridge": None, "order": None}
+    default = {"kfac": [None, {"unit": "kfac"}]}
+    units = default.get(allocation[-1], [{"unit": allocation[-1]}])
+    return [
+        x
+        for x in _matching(record, wanted)
+        if x["wanted"].get("allocation", "uniform") == allocation[0]
+        and (allocation[0] == "uniform" or x["wanted"].get("global_ranks") in units)
+        and x["wanted"].get("damping", 1e-3) == 1e-3
+        and "gradients" not in x["wanted"]
+    ]
+
+
+def _frontier_cells(found: list[Any], dense: float, first: float) -> list[str]:
+    if not found:
+        return ["-", "-", "-"]
+    values = found[0]["perplexity"]
+    share = math.log(values["test"] / dense) / math.log(first / dense)
+    return [f"{share:.3f}", *(f"{values[t]:.1f}" for t in ("test", "other"))]
 
 
 def ridge() -> None:

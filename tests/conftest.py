@@ -86,11 +86,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_recipe(text_file: Path) -> Callable[..., CompressionRecipe]:
-    """`make_recipe(keep=0.5, method=..., **others)`, with short sequences of a short text."""
+    """`make_recipe(keep=0.5, method=..., **others)`: plain layout, short sequences of a text."""
 
     def make(keep: float = 0.5, scope: str = "targets", **others: Any) -> CompressionRecipe:
         calibration = {"source": [str(text_file)], "num_sequences": 8, "sequence_length": 32}
         values = {
+            "effort": "fast",
+            "layout": "plain",
             "budget": {"param_ratio": keep, "scope": scope},
             "calibration": calibration,
             **others,
@@ -98,6 +100,17 @@ def make_recipe(text_file: Path) -> Callable[..., CompressionRecipe]:
         return CompressionRecipe.from_dict(values)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def count_params() -> Callable[[Any], int]:
+    """Parameters of a model as reports count them: a pivot is two."""
+
+    def count(model: Any) -> int:
+        pivots = sum(t.numel() for name, t in model.named_buffers() if name.endswith(".pivots"))
+        return sum(p.numel() for p in model.parameters()) + 2 * pivots
+
+    return count
 
 
 @pytest.fixture(scope="session")

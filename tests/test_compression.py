@@ -45,24 +45,25 @@ def assert_same_state(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.85])
-def test_budget_and_promises(family, make_model, make_compressed, keep):
-    model, report = make_compressed(family, keep=keep)
+@pytest.mark.parametrize(("keep", "layout"), [(0.3, "auto"), (0.85, "plain")])
+def test_budget_and_promises(family, make_model, make_compressed, count_params, keep, layout):
+    model, report = make_compressed(family, keep=keep, layout=layout)
     size = report.size
     sites = list_sites(make_model(family), block_path(model))
     assert {x.name for x in report.linears} == {site.name for site in sites}
     assert size.target_params_before == sum(site.shape.dense_params for site in sites)
     budget = keep * size.target_params_before
-    steps = sum(site.shape.params_per_rank for site in sites)
+    steps = sum(site.shape.params(1) for site in sites)
     assert budget - steps <= size.target_params <= budget
     assert size.target_params == sum(x.params for x in report.linears)
-    assert size.model_params == sum(p.numel() for p in model.parameters())
+    assert size.model_params == count_params(model)
     assert size.model_params_before == sum(p.numel() for p in make_model(family).parameters())
     found = low_rank(model)
     assert {x.name: x.rank for x in report.linears} == {n: m.rank for n, m in found.items()}
     for linear in report.linears:
         module = found[linear.name]
-        assert linear.params == sum(f.numel() for f in (module.latent.weight, module.expand.weight))
+        stored = module.latent.weight.numel() + module.expand.weight.numel()
+        assert linear.params == stored + 2 * linear.pivoted * module.rank
         assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-6, abs=1e-12)
         assert linear.stored_loss == pytest.approx(linear.predicted_loss, rel=1e-5, abs=1e-9)
         assert 0 <= linear.predicted_loss < 1
@@ -171,11 +172,11 @@ def test_ties_hold(family, make_compressed):
 
 
 @pytest.mark.parametrize("keep", [0.8])
-def test_scope_model(family, make_compressed, keep, tiny):
+def test_scope_model(family, make_compressed, count_params, keep, tiny):
     if family in tiny.FUSED:
         pytest.skip("most of these stays dense")
     model, report = make_compressed(family, keep=keep, scope="model")
-    total = sum(p.numel() for p in model.parameters())
+    total = count_params(model)
     steps = sum(m.in_features + m.out_features for m in low_rank(model).values())
     budget = keep * report.size.model_params_before
     assert total == report.size.model_params
@@ -453,3 +454,21 @@ def test_no_warning_of_torch_reaches_the_user():
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_weights_are_hashed_only_where_the_hash_is_read(
+    make_model, make_recipe, windows, tmp_path, monkeypatch
+):
+    """Of large models that takes long. A run that can be resumed must know its model."""
+    hashed = []
+
+    def fingerprint(model):
+        hashed.append(model)
+        return "of these weights"
+
+    monkeypatch.setattr("slimrank.compression.weights_fingerprint", fingerprint)
+    recipe = make_recipe(method="aa-svd")
+    compress(make_model("llama"), recipe, windows=windows)
+    assert hashed == []
+    compress(make_model("llama"), recipe, windows=windows, out=tmp_path / "out")
+    assert len(hashed) == 1

@@ -22,7 +22,13 @@ SPLIT = ("phi3", "gpt_neox", "falcon")
 
 def recipe(keep, kv_keep, **others):
     return CompressionRecipe.from_dict(
-        {"budget": {"param_ratio": keep}, "kv_cache": {"keep": kv_keep}, **others}
+        {
+            "effort": "fast",
+            "layout": "plain",
+            "budget": {"param_ratio": keep},
+            "kv_cache": {"keep": kv_keep},
+            **others,
+        }
     )
 
 

@@ -11,7 +11,13 @@ from torch import nn
 import slimrank
 from slimrank import TokenWindows, profile
 from slimrank.checkpoint.profile import HELD_OUT, MANIFEST, SEAL, SPECTRA, block_file
-from slimrank.errors import CheckpointError, NumericalWarning, RecipeError, TextError
+from slimrank.errors import (
+    CheckpointError,
+    CoverageWarning,
+    NumericalWarning,
+    RecipeError,
+    TextError,
+)
 from slimrank.model import Anatomy, weights_fingerprint
 from slimrank.planning import plan_profile
 from slimrank.profiling import module_type
@@ -131,6 +137,13 @@ def test_a_row_has_no_useful_rank(make_model, make_profile, make_recipe):
     assert [(x.stored_rank, x.token_check) for x in rows] == [(0, None)] * 2
     report = slimrank.compress(model, make_recipe(), profile=found.folder)
     assert [x.rank for x in report.linears if x.name.endswith("gate_row")] == [None] * 2
+
+
+def test_warnings_given_before_the_pass_are_kept(make_model, make_profile):
+    with pytest.warns(CoverageWarning, match="fused tensors stay dense") as caught:
+        found = make_profile(make_model("mixtral"))
+    assert len([w for w in found.manifest.warnings if "fused tensors" in w]) == 1
+    assert len([w for w in caught if issubclass(w.category, CoverageWarning)]) == 1
 
 
 def test_an_expert_without_tokens(make_experts_model, make_profile):

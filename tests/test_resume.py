@@ -132,13 +132,13 @@ def test_cut_off_while_the_folder_is_written(start, whole, out, monkeypatch):
             start()
     assert blocks_kept(out) == BLOCKS
     with monkeypatch.context() as patch:
-        patch.setattr("slimrank.sequential.refine_block", None)  # all of it is there already
+        patch.setattr("slimrank.sequential.block.refine_block", None)  # all of it is there already
         start(resume=True)
     assert_same_folder(out, whole)
 
 
 def test_cut_off_in_the_middle_of_a_training(start, whole, out, monkeypatch):
-    real = slimrank.sequential.refine_block
+    real = slimrank.sequential.block.refine_block
 
     def refine(*arguments):
         report = real(*arguments)
@@ -147,7 +147,7 @@ def test_cut_off_in_the_middle_of_a_training(start, whole, out, monkeypatch):
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr("slimrank.sequential.refine_block", refine)
+        patch.setattr("slimrank.sequential.block.refine_block", refine)
         with pytest.raises(KeyboardInterrupt):
             start()
     assert blocks_kept(out) == 1
@@ -205,13 +205,13 @@ def test_dynamic_ranks_are_not_searched_for_again(start, unbroken, out, make_rec
 def test_finished_blocks_are_not_made_again(start, out, monkeypatch):
     cut_off(start, 2)
     trained = []
-    real = slimrank.sequential.refine_block
+    real = slimrank.sequential.block.refine_block
 
     def refine(*arguments):
         trained.append(arguments[-1])
         return real(*arguments)
 
-    monkeypatch.setattr("slimrank.sequential.refine_block", refine)
+    monkeypatch.setattr("slimrank.sequential.block.refine_block", refine)
     report = start(resume=True)
     assert trained == [2]
     assert report.seconds["resume"] > 0

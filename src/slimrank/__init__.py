@@ -11,6 +11,7 @@ from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.planning import plan
 from slimrank.profiling import profile
+from slimrank.quantizing import quantize
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 
@@ -31,5 +32,6 @@ __all__ = [
     "load",
     "plan",
     "profile",
+    "quantize",
     "read_profile",
 ]

@@ -28,6 +28,7 @@ from slimrank.model import Anatomy, InputGroup, LinearSite, replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.report import LinearReport
+from slimrank.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,7 @@ def factorise_blocks(
     windows: TokenWindows | None,
     options: CompressionOptions,
     clock: Clock,
+    statistics: Statistics | None = None,
 ) -> list[LinearReport]:
     """Take the original activations through the blocks; factorise each when they have passed.
 
@@ -222,6 +224,8 @@ def factorise_blocks(
         None if the method needs no moments, or nothing is factorised.
     options : CompressionOptions
     clock : Clock
+    statistics : Statistics, optional
+        What else the method looks at.
 
     Returns
     -------
@@ -245,6 +249,7 @@ def factorise_blocks(
             assert rank is not None
             with clock.phase("solve"):
                 moments = passed.moments.get(site.name)
+                moments = statistics.of(site.name, moments) if statistics else moments
                 moments = moments.ridged(ridge) if moments else None
                 solved = solve(model, site, rank, method, moments)
                 replacements[site.name], linears[site.name] = truncate(
@@ -288,7 +293,7 @@ def truncate(
     linear = model.get_submodule(site.name)
     found = solved.decomposition
     factors = found.truncate(rank, split)
-    replacement = LowRankLinear.from_factors(linear, factors)
+    replacement = LowRankLinear.from_factors(linear, factors, site.shape.is_pivoted(rank))
     report = low_rank_report(
         site,
         rank,
@@ -314,6 +319,7 @@ def low_rank_report(
     return LinearReport(
         name=site.name,
         rank=rank,
+        pivoted=site.shape.is_pivoted(rank),
         params_before=site.shape.dense_params,
         params=site.shape.params(rank),
         tokens=tokens,

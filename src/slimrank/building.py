@@ -1,6 +1,7 @@
 """From a profile to a model of any size: ranks, factors, and no calibration."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,8 @@ from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CalibrationRecipe, CompressionRecipe
-from slimrank.report import AllocationReport, BlockReport, LinearReport
-from slimrank.search import dynamic_ranks
+from slimrank.report import AllocationReport, BlockReport, GlobalRanksReport, LinearReport
+from slimrank.search import dynamic_ranks, global_ranks
 from slimrank.targets import Work
 
 
@@ -47,7 +48,7 @@ class Made:
     calibration_fingerprint: str
     tokens: int
     probe: Tensor | None
-    allocation: AllocationReport | None = None
+    allocation: AllocationReport | GlobalRanksReport | None = None
     blocks: tuple[BlockReport, ...] = ()
     state: RunState | None = None
 
@@ -91,6 +92,12 @@ def hold_against(
             f"{where} is a profile with a ridge of {manifest.ridge:g}; the recipe asks for "
             f"{wanted.relative_ridge():g}"
         )
+    settings = {key: manifest.settings.get(key) for key in wanted.method_settings()}
+    if settings != wanted.method_settings():
+        raise CheckpointError(
+            f"{where} is a profile with {_listed(settings)}; the recipe asks for "
+            f"{_listed(wanted.method_settings())}"
+        )
     if windows is None and recipe.calibration not in (CalibrationRecipe(), manifest.calibration):
         drawn = draw(recipe.calibration, tokenizer, with_held_out=False)
         if drawn.fingerprint() != manifest.calibration_fingerprint:
@@ -111,6 +118,10 @@ def hold_against(
     return recipe.model_copy(update={"calibration": manifest.calibration})
 
 
+def _listed(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {'none' if x is None else x}" for key, x in settings.items())
+
+
 def choose_ranks(
     model: Any,
     work: Work,
@@ -118,7 +129,7 @@ def choose_ranks(
     profile: Profile | None,
     options: CompressionOptions,
     clock: Clock,
-) -> tuple[RankPlan, AllocationReport | None]:
+) -> tuple[RankPlan, AllocationReport | GlobalRanksReport | None]:
     """Share the budget out as the recipe says; a profile is needed unless evenly.
 
     Raises
@@ -132,6 +143,8 @@ def choose_ranks(
         return work.uniform(recipe), None
     assert profile is not None
     with clock.phase("allocate"):
+        if recipe.allocation == "global":
+            return global_ranks(work, recipe, profile)
         return dynamic_ranks(model, work, recipe, profile, options)
 
 
@@ -191,7 +204,9 @@ def _replace(model: Any, site: LinearSite, rank: int, profile: Profile) -> Linea
     entry = profile.linears[site.name]
     linear = model.get_submodule(site.name)
     found = profile.decomposition(site.name, linear.weight, rank)
-    replace_linear(model, site.name, LowRankLinear.from_factors(linear, found.truncate(rank)))
+    pivoted = site.shape.is_pivoted(rank)
+    layer = LowRankLinear.from_factors(linear, found.truncate(rank), pivoted)
+    replace_linear(model, site.name, layer)
     measured = float(profile.measured[site.name][rank])
     report = low_rank_report(site, rank, found, measured, stored=None, tokens=entry.tokens)
     seconds = time.perf_counter() - start

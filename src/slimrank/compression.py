@@ -43,6 +43,7 @@ from slimrank.report import CompressionReport
 from slimrank.search import require_held_out
 from slimrank.sequential import factorise_in_sequence
 from slimrank.source import open_dense
+from slimrank.statistics import Statistics, collect_statistics
 from slimrank.targets import PROBE_TOKENS, Work, find_work, num_embeddings
 
 
@@ -170,7 +171,8 @@ def _factorise(model: str | Path | nn.Module, job: _Job, profile: str | Path | N
     loaded = loaded.to(job.options.device) if job.options.device else loaded
     job = replace(job, tokenizer=tokenizer)
     recipe = job.recipe
-    told_apart = opened is not None or recipe.allocation == "swift" or recipe.is_sequential
+    is_kept = recipe.is_sequential and job.out is not None
+    told_apart = opened is not None or recipe.allocation != "uniform" or is_kept
     source = ProfiledModel(loaded, name, weights_fingerprint(loaded) if told_apart else "")
     split_alike = opened is not None and opened.manifest.for_kv_cache
     work = find_work(loaded, recipe, split_alike=split_alike)
@@ -213,8 +215,10 @@ def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) 
         )
     if recipe.is_sequential:
         return _make_in_sequence(source, work, job, opened)
-    if opened is None and recipe.allocation == "swift":
-        opened = _passing_profile(source, work, job)
+    statistics = None
+    if opened is None and recipe.allocation != "uniform":
+        statistics = None if is_built else _statistics(source, work, job, job.held_apart()[0])
+        opened = _passing_profile(source, work, job, statistics, spectra_only=not is_built)
     if opened is not None and is_built:
         return build(source.model, work, recipe, opened, options, clock)
     ranks, allocation = choose_ranks(source.model, work, recipe, opened, options, clock)
@@ -224,15 +228,17 @@ def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) 
         windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=False)
         windows = job.held_apart()[0] if opened is not None else windows
         windows.check_vocabulary(num_embeddings(source.model))
+        statistics = statistics or _statistics(source, work, job, windows)
     linears = factorise_blocks(
         source.model,
         work.anatomy,
         ranks,
         recipe.make_method(),
         recipe.relative_ridge(),
-        windows,
+        windows if recipe.make_method().needs & {"original", "shifted"} else None,
         options,
         clock,
+        statistics,
     )
     return Made(
         ranks=ranks,
@@ -244,16 +250,45 @@ def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) 
     )
 
 
-def _passing_profile(source: ProfiledModel, work: Work, job: _Job) -> Profile:
+def _statistics(
+    source: ProfiledModel, work: Work, job: _Job, windows: TokenWindows
+) -> Statistics | None:
+    """What the recipe looks at beside moments, of these windows; kept to the end."""
+    store = job.stack.enter_context(ActivationStore(job.options.memory, job.beside))
+    needs, anatomy = job.recipe.needs, work.anatomy
+    windows.check_vocabulary(num_embeddings(source.model))
+    return collect_statistics(
+        source.model, anatomy, needs, job.recipe, windows, job.options, job.clock, store
+    )
+
+
+def _passing_profile(
+    source: ProfiledModel,
+    work: Work,
+    job: _Job,
+    statistics: Statistics | None = None,
+    spectra_only: bool = False,
+) -> Profile:
     """Profile for ranks that need the spectra of all blocks; beside the output, gone at the end."""
     recipe = job.recipe.for_profile()
     windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=True)
-    if recipe.swift.importance_weight is None:
+    if recipe.allocation == "swift" and recipe.swift.importance_weight is None:
         _, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
         require_held_out(held_out, "the calibration text")
     passing = TemporaryDirectory(prefix=".slimrank-", dir=job.beside)
     path = Path(job.stack.enter_context(passing)) / "profile"
-    return write_profile(path, source, work, recipe, windows, job.options, job.clock)
+    spectra_only &= recipe.allocation == "global"  # the search of 'swift' makes models
+    return write_profile(
+        path,
+        source,
+        work,
+        recipe,
+        windows,
+        job.options,
+        job.clock,
+        spectra_only,
+        statistics=statistics,
+    )
 
 
 def _make_in_sequence(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) -> Made:
@@ -268,11 +303,12 @@ def _make_in_sequence(source: ProfiledModel, work: Work, job: _Job, opened: Prof
         "dtype": environment(model)["dtype"],
     }
     drawn.check_vocabulary(num_embeddings(model))
+    statistics = _statistics(source, work, job, calibration)
     state = None
     if job.resume and job.out is not None and has_run(Path(job.out)):
         state = job.stack.enter_context(RunState.resume(Path(job.out)))
         state.require(**marks)
-        for difference in state.differences(environment(model)):
+        for difference in state.manifest.differences(environment(model)):
             warnings.warn(
                 f"the run was begun with another {difference}; its bits may differ from those of "
                 "an unbroken run",
@@ -281,8 +317,8 @@ def _make_in_sequence(source: ProfiledModel, work: Work, job: _Job, opened: Prof
             )
         ranks, allocation = RankPlan(state.manifest.ranks), state.manifest.allocation
     else:
-        if opened is None and recipe.allocation == "swift":
-            opened = _passing_profile(source, work, job)
+        if opened is None and recipe.allocation != "uniform":
+            opened = _passing_profile(source, work, job, statistics, spectra_only=True)
         ranks, allocation = choose_ranks(model, work, recipe, opened, job.options, clock)
         if job.out is not None:
             manifest = RunManifest(
@@ -295,7 +331,16 @@ def _make_in_sequence(source: ProfiledModel, work: Work, job: _Job, opened: Prof
     with clock.phase("embed"):
         streams = embed_streams(model, work.anatomy, calibration, held_out, size, store)
     walk = factorise_in_sequence(
-        model, work.anatomy, ranks, work.fixed, recipe, streams, job.options, clock, state
+        model,
+        work.anatomy,
+        ranks,
+        work.fixed,
+        recipe,
+        streams,
+        job.options,
+        clock,
+        state,
+        statistics,
     )
     return Made(
         ranks=walk.ranks,

@@ -15,10 +15,17 @@ from slimrank.report import PlannedLinear, PlanReport
 from slimrank.source import load_skeleton, parse_source, require_dense
 from slimrank.targets import Work, find_work
 
-DYNAMIC = (
-    "the ranks shown are uniform ones; allocation 'swift' shares out the sum of each module type "
-    "by spectra and importance, which are known after calibration; sizes are the same"
-)
+DYNAMIC = {
+    "uniform": [],
+    "swift": [
+        "the ranks shown are uniform ones; allocation 'swift' shares out the sum of each module "
+        "type by spectra and importance, which are known after calibration; sizes are the same"
+    ],
+    "global": [
+        "the ranks shown are uniform ones; allocation 'global' shares the same budget out by what "
+        "each linear loses, which is known after calibration"
+    ],
+}
 
 
 def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport:
@@ -55,7 +62,7 @@ def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport
     with work.put_back_after(skeleton):
         report = _plan(skeleton, name, work, recipe)
     told = [str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)]
-    told += [DYNAMIC] if recipe.allocation == "swift" else []
+    told += DYNAMIC[recipe.allocation]
     return report.model_copy(update={"warnings": tuple(told)})
 
 
@@ -75,7 +82,8 @@ def _plan(skeleton: nn.Module, name: str, work: Work, recipe: CompressionRecipe)
     )
     memory = calibration_memory(skeleton, anatomy, ranks, recipe)
     factored = {name: rank for name, rank in ranks.ranks.items() if rank is not None}
-    size = work.size(ranks, folder_bytes(skeleton, factored))
+    pivoted = {s.name for s in work.shapes if s.name in factored and s.is_pivoted(factored[s.name])}
+    size = work.size(ranks, folder_bytes(skeleton, factored, pivoted))
     return PlanReport(
         model=name,
         method=recipe.method,
@@ -167,5 +175,11 @@ def calibration_memory(
             + 4 * max((g.in_features for g in b), default=0)
             for b in anatomy.groups
         )
+    if "gradients" in recipe.needs:
+        # Metrics in float32, and the hidden states in front of every block.
+        metrics = sum(4 * site.shape.out_features**2 for site in anatomy.sites)
+        tokens = recipe.calibration.num_sequences * recipe.calibration.sequence_length
+        hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        result["gradients"] = metrics + (len(anatomy.groups) + 1) * tokens * hidden * width
     result["total"] = sum(result.values())
     return result

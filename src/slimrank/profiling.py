@@ -1,14 +1,17 @@
 """One pass over a model, kept on disk: every size is then made from it without calibration."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from slimrank.blockwise import BlockPass, check_block, pass_blocks, solve
-from slimrank.calibration import TokenWindows, hold_out
+from slimrank.calibration import METRIC, ActivationStore, TokenWindows, hold_out
 from slimrank.checkpoint import (
     Profile,
     ProfiledLinear,
@@ -28,13 +31,15 @@ from slimrank.checkpoint.profile import (
 from slimrank.drawing import draw
 from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
 from slimrank.errors import RecipeError
-from slimrank.methods import method_by_name
+from slimrank.linalg import Decomposition
+from slimrank.methods import KFACSVD
 from slimrank.model import Anatomy, weights_fingerprint
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.planning import profile_bytes
 from slimrank.recipe import CompressionRecipe
 from slimrank.source import open_dense
+from slimrank.statistics import Statistics, collect_statistics
 from slimrank.targets import Work, find_work, num_embeddings
 
 
@@ -105,10 +110,14 @@ def profile(
         loaded, name, tokenizer = open_dense(model, recipe.dtype, tokenizer)
     loaded = loaded.to(options.device) if options.device else loaded
     source = ProfiledModel(loaded, name, weights_fingerprint(loaded))
-    work = find_work(loaded, recipe, for_kv_cache)
-    with work.put_back_after(loaded):
-        windows = windows or draw(recipe.calibration, tokenizer, with_held_out=True)
-        return write_profile(out, source, work, recipe, windows, options, clock, spectra_only)
+    with ExitStack() as stack:
+        with gathered_warnings() as warned:
+            work = find_work(loaded, recipe, for_kv_cache)
+            stack.enter_context(work.put_back_after(loaded))
+            windows = windows or draw(recipe.calibration, tokenizer, with_held_out=True)
+        return write_profile(
+            out, source, work, recipe, windows, options, clock, spectra_only, warned
+        )
 
 
 def require_moments(recipe: CompressionRecipe) -> None:
@@ -120,9 +129,11 @@ def require_moments(recipe: CompressionRecipe) -> None:
         If it looks at no activations, or at those of a model that is partly compressed.
     """
     method = recipe.make_method()
-    if not method.needs:
-        raise RecipeError(f"{recipe.method} looks at no activations: there is nothing to profile")
-    if method.needs != {"original"}:
+    if not method.needs & {"original", "shifted"}:
+        raise RecipeError(
+            f"{recipe.method} looks at no moments of activations: there is nothing to profile"
+        )
+    if "shifted" in method.needs:
         raise RecipeError(
             f"{recipe.method} looks at what arrives in the compressed model, which a profile does "
             "not know; a profile by swift-svd serves it for allocation 'swift'"
@@ -147,8 +158,26 @@ def write_profile(
     options: CompressionOptions,
     clock: Clock,
     spectra_only: bool = False,
+    warned: Sequence[str] = (),
+    statistics: Statistics | None = None,
 ) -> Profile:
     """Profile the targeted linears of an open model into a folder (see `profile`).
+
+    Parameters
+    ----------
+    out : Path
+    source : ProfiledModel
+    work : Work
+    recipe : CompressionRecipe
+    windows : TokenWindows
+        The last ones are held out.
+    options : CompressionOptions
+    clock : Clock
+    spectra_only : bool
+    warned : sequence of str
+        Warnings given before, which belong to the profile.
+    statistics : Statistics, optional
+        Of these windows, if they are known already.
 
     Raises
     ------
@@ -159,9 +188,16 @@ def write_profile(
     require_space(out, profile_bytes(model, work, spectra_only))
     windows.check_vocabulary(num_embeddings(model))
     windows, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
-    with renamed_when_done(out) as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(renamed_when_done(out))
         with gathered_warnings() as messages:
-            found = _take_pass(folder, model, work, recipe, windows, options, clock, spectra_only)
+            store = stack.enter_context(ActivationStore(options.memory, folder.parent))
+            statistics = statistics or collect_statistics(
+                model, work.anatomy, recipe.needs, recipe, windows, options, clock, store
+            )
+            found = _take_pass(
+                folder, model, work, recipe, windows, options, clock, spectra_only, statistics
+            )
         if held_out is not None:
             kept = {str(number): window for number, window in enumerate(held_out.windows)}
             found["files"] |= write_tensors(folder, HELD_OUT, kept)
@@ -170,6 +206,7 @@ def write_profile(
             model_fingerprint=source.fingerprint,
             method=recipe.method,
             ridge=recipe.relative_ridge(),
+            settings=recipe.method_settings(),
             dtype=environment(model)["dtype"],
             for_kv_cache=bool(work.attentions),
             calibration=recipe.calibration,
@@ -179,7 +216,7 @@ def write_profile(
             seconds=clock.seconds,
             peak_bytes=peak_bytes(),
             environment=environment(model),
-            warnings=tuple(messages),
+            warnings=tuple(dict.fromkeys((*warned, *messages))),
             **found,
         )
         write_manifest(folder, manifest)
@@ -195,6 +232,7 @@ def _take_pass(
     options: CompressionOptions,
     clock: Clock,
     spectra_only: bool,
+    statistics: Statistics | None,
 ) -> dict[str, Any]:
     """Walk the blocks; write the bases of each, then all spectra; say what the manifest needs."""
     count = len(work.anatomy.groups)
@@ -204,13 +242,23 @@ def _take_pass(
     importance: list[float] = []
     after_norm = None
     for passed in pass_blocks(model, work.anatomy, windows, options, clock, count, "profiling"):
-        found = _profile_block(model, work, passed, recipe, clock, spectra)
-        bases = {f"{entry.name}.basis": basis for entry, basis in found if basis.shape[1]}
+        if statistics is not None:
+            known = {site.name: passed.moments[site.name] for site in passed.sites}
+            passed = replace(passed, moments={n: statistics.of(n, m) for n, m in known.items()})
+        found = _profile_block(model, work, passed, recipe, clock, spectra, spectra_only)
+        bases = {
+            f"{entry.name}.{part}": columns
+            for entry, solved in found
+            for part, columns in (("basis", solved.basis), ("dual", solved.dual))
+            if entry.stored_rank and columns is not None
+        }
         with clock.phase("write"):
-            if bases and not spectra_only:
+            if bases:
                 files |= write_tensors(folder, block_file(passed.index), bases)
-        kept = {"stored_rank": 0} if spectra_only else {}
-        linears += [entry.model_copy(update=kept) for entry, _ in found]
+        linears += [
+            entry.model_copy(update={"mean_square_gradient": _mean_square(statistics, entry.name)})
+            for entry, _ in found
+        ]
         importance.append(passed.influence)
         after_norm = passed.influence_after_norm
     files |= write_tensors(folder, SPECTRA, spectra)
@@ -229,10 +277,11 @@ def _profile_block(
     recipe: CompressionRecipe,
     clock: Clock,
     spectra: dict[str, Tensor],
-) -> list[tuple[ProfiledLinear, Tensor]]:
+    spectra_only: bool,
+) -> list[tuple[ProfiledLinear, Decomposition]]:
     """Solve the linears of a block; check its moments on tokens, at half of the largest ranks."""
-    method = method_by_name(recipe.method)
-    found: list[tuple[ProfiledLinear, Tensor]] = []
+    method = recipe.make_method()
+    found: dict[str, tuple[partial[ProfiledLinear], Decomposition]] = {}
     halves: dict[str, LowRankLinear] = {}
     for site in passed.sites:
         linear = model.get_submodule(site.name)
@@ -242,13 +291,15 @@ def _profile_block(
             solved = solve(model, site, rank, method, moments)
             decomposition = solved.decomposition
             spectra[f"{site.name}.singular_values"] = decomposition.singular_values
+            metric = method.metric(moments) if isinstance(method, KFACSVD) else None
             spectra[f"{site.name}.measured_losses"] = decomposition.measured_losses(
-                moments.original
+                moments.original, metric
             )
             if rank:
                 half = decomposition.truncate((rank + 1) // 2)
                 halves[site.name] = LowRankLinear.from_factors(linear, half)
-        entry = ProfiledLinear(
+        entry = partial(
+            ProfiledLinear,
             name=site.name,
             block=site.block,
             kind=module_type(site.name, work.anatomy),
@@ -257,16 +308,17 @@ def _profile_block(
             tokens=solved.tokens,
             energy=decomposition.energy,
             jitter=decomposition.jitter,
-            stored_rank=rank,
-            token_check=None,
+            stored_rank=0 if spectra_only else rank,
             seconds=solved.seconds,
         )
-        found.append((entry, decomposition.basis))
+        found[site.name] = entry, decomposition
     gaps = check_block(model, passed, halves, clock)
-    return [
-        (entry.model_copy(update={"token_check": gaps.get(entry.name)}), basis)
-        for entry, basis in found
-    ]
+    return [(entry(token_check=gaps.get(name)), solved) for name, (entry, solved) in found.items()]
+
+
+def _mean_square(statistics: Statistics | None, name: str) -> float | None:
+    has_metric = statistics is not None and (METRIC, name) in statistics.store
+    return statistics.mean_square(name) if statistics is not None and has_metric else None
 
 
 def module_type(name: str, anatomy: Anatomy) -> str:

@@ -67,6 +67,8 @@ class LinearReport(_Frozen):
     name : str
     rank : int or None
         None if it stayed dense.
+    pivoted : bool
+        The layout of its factors.
     params_before, params : int
     tokens : int
         Calibration tokens that reached it; 0 if the method needs none.
@@ -90,6 +92,7 @@ class LinearReport(_Frozen):
 
     name: str
     rank: int | None
+    pivoted: bool = False
     params_before: int
     params: int
     tokens: int
@@ -211,6 +214,26 @@ class AllocationReport(_Frozen):
     seconds: float = 0.0
 
 
+class GlobalRanksReport(_Frozen):
+    """How allocation 'global' came to its ranks.
+
+    Parameters
+    ----------
+    unit : str
+        What the losses are counted in.
+    predicted_loss : float
+        Sum of the losses over dense, in that unit; for 'kfac' nats a token, to second order.
+    marginal : float
+        Loss that one more parameter would save.
+    seconds : float
+    """
+
+    unit: str
+    predicted_loss: float
+    marginal: float
+    seconds: float = 0.0
+
+
 class BlockError(_Frozen):
     """How far a compressed block's output is from the original block's, over tokens.
 
@@ -233,7 +256,7 @@ class RefinementEpoch(_Frozen):
     Parameters
     ----------
     loss : float
-        Mean squared error over its steps, as a share of the target's variance.
+        Mean over its steps (see `RefinementReport`).
     held_out_loss : float or None
         The same on the held-out sequences at its end.
     seconds : float
@@ -250,8 +273,11 @@ class RefinementReport(_Frozen):
 
     Parameters
     ----------
+    loss : str
+        What it was trained by, and losses are of: 'mse' as a share of the target's variance,
+        'gradient' the same in the metric, 'kl' in nats a token.
     start_loss : float
-        Before the first step, on the calibration sequences, as a share of the target's variance.
+        Before the first step, on the calibration sequences.
     start_held_out_loss : float or None
     epochs : tuple of RefinementEpoch
         Those that ran.
@@ -261,6 +287,7 @@ class RefinementReport(_Frozen):
     seconds : float
     """
 
+    loss: str = "mse"
     start_loss: float
     start_held_out_loss: float | None
     epochs: tuple[RefinementEpoch, ...]
@@ -336,7 +363,7 @@ class CompressionReport(_Frozen):
     size: SizeReport
     linears: tuple[LinearReport, ...]
     blocks: tuple[BlockReport, ...] = ()
-    allocation: AllocationReport | None = None
+    allocation: AllocationReport | GlobalRanksReport | None = None
     kv_cache: KVCacheReport | None = None
     seconds: dict[str, float]
     peak_bytes: int
@@ -358,3 +385,80 @@ class CompressionReport(_Frozen):
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             raise CheckpointError(f"{where} is no report: {key}: {first['msg']}") from error
+
+
+class QuantizedLinear(_Frozen):
+    """One linear in eight bits.
+
+    Parameters
+    ----------
+    name : str
+    rank : int or None
+        None for a dense one.
+    bytes_before, bytes_after : int
+        Of its factors, or of its matrix: codes and scales afterwards. Bias and pivots are left out.
+    rounding_loss : float
+        Share of the energy of its outputs that the rounding costs on white inputs, beside those of
+        the factors before.
+    truncation_loss : float or None
+        Share that the rank cost on calibration text, from the folder's report.
+    """
+
+    name: str
+    rank: int | None
+    bytes_before: int
+    bytes_after: int
+    rounding_loss: float
+    truncation_loss: float | None
+
+
+class QuantizationReport(_Frozen):
+    """What `slimrank quantize` did, written as ``quantize.json`` beside the weights.
+
+    Parameters
+    ----------
+    source : str
+        The folder that was quantised.
+    bits : int
+    linears : tuple of QuantizedLinear
+    weight_bytes_before, weight_bytes : int
+        Of the weight files.
+    perplexity_before, perplexity : float or None
+        On a text, if one was given.
+    perplexity_tokens : int
+        Predicted tokens of it.
+    """
+
+    source: str
+    bits: int
+    linears: tuple[QuantizedLinear, ...]
+    weight_bytes_before: int
+    weight_bytes: int
+    perplexity_before: float | None = None
+    perplexity: float | None = None
+    perplexity_tokens: int = 0
+
+    def line(self) -> str:
+        """All of it in one line.
+
+        Examples
+        --------
+        >>> entry = QuantizedLinear(name="a", rank=2, bytes_before=64, bytes_after=40,
+        ...     rounding_loss=0.0002, truncation_loss=0.03)
+        >>> QuantizationReport(source="m", bits=8, linears=(entry,), weight_bytes_before=2_000_000,
+        ...     weight_bytes=1_100_000).line()
+        '1 linears in 8 bits: 2.0 -> 1.1 MB on disk; rounding costs 0.020 % of the energy of their outputs on white inputs, on average, and at most 0.020 %'
+        """  # noqa: E501
+        losses = [linear.rounding_loss for linear in self.linears]
+        text = (
+            f"{len(losses)} linears in {self.bits} bits: {self.weight_bytes_before / 1e6:.1f} -> "
+            f"{self.weight_bytes / 1e6:.1f} MB on disk; rounding costs "
+            f"{sum(losses) / len(losses):.3%} of the energy of their outputs on white inputs, on "
+            f"average, and at most {max(losses):.3%}"
+        ).replace("%", " %")
+        if self.perplexity is None or self.perplexity_before is None:
+            return text
+        return (
+            f"{text}; perplexity {self.perplexity_before:.4f} -> {self.perplexity:.4f} over "
+            f"{self.perplexity_tokens} tokens"
+        )

@@ -1,4 +1,4 @@
-"""Dynamic ranks: the weight of importance against loss, chosen on held-out text."""
+"""Ranks from a profile: Swift-SVD's, searched on held-out text, and the global optimum."""
 
 import time
 import warnings
@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from slimrank.allocation import LinearProfile, RankPlan, swift
+from slimrank.allocation import LinearProfile, RankPlan, allocate_global, swift
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import Profile
-from slimrank.errors import NumericalWarning, TextError
+from slimrank.errors import CheckpointError, NumericalWarning, TextError
 from slimrank.evaluation import windows_perplexity
+from slimrank.linalg import tail_energy
 from slimrank.model import replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
-from slimrank.report import AllocationReport, ImportanceWeightTrial
+from slimrank.report import AllocationReport, GlobalRanksReport, ImportanceWeightTrial
 from slimrank.targets import Work
 
 IMPORTANCE_WEIGHTS = tuple(step / 10 for step in range(11))
@@ -69,7 +70,7 @@ def dynamic_ranks(
     names = set(work.names)
     profiles = [
         linear
-        for linear in profile.allocation_profiles(settings.importance_after_norm)
+        for linear in profile.allocation_profiles(recipe.layout, settings.importance_after_norm)
         if linear.shape.name in names
     ]
 
@@ -104,6 +105,66 @@ def dynamic_ranks(
         held_out_fingerprint=held_out.fingerprint(),
         seconds=time.perf_counter() - start,
     )
+
+
+def global_ranks(
+    work: Work, recipe: CompressionRecipe, profile: Profile
+) -> tuple[RankPlan, GlobalRanksReport]:
+    """Ranks that lose least in sum, in the unit of the recipe, from a profile's spectra.
+
+    Unit 'kfac' halves the losses of `kfac-svd`: nats a token, to second order. 'gradient' takes the
+    mean squared gradient at a linear's outputs for the whole of that metric; 'relative' counts each
+    loss as a share of the energy of the linear's outputs, whatever the model makes of them.
+
+    Parameters
+    ----------
+    work : Work
+    recipe : CompressionRecipe
+    profile : Profile
+
+    Raises
+    ------
+    BudgetError
+        If no ranks meet the budget.
+    CheckpointError
+        If the profile has no gradients, and the unit asks for them.
+    """
+    start = time.perf_counter()
+    settings = recipe.global_ranks
+    losses = {
+        shape.name: _weight(profile, shape.name, settings.unit)
+        * tail_energy(profile.spectra[shape.name])
+        for shape in work.shapes
+    }
+    found = allocate_global(
+        work.shapes,
+        losses,
+        recipe.budget.budget(),
+        work.other_params,
+        fixed=work.fixed,
+        may_stay_dense=settings.may_stay_dense,
+    )
+    return found.plan, GlobalRanksReport(
+        unit=settings.unit,
+        predicted_loss=found.predicted_loss,
+        marginal=found.marginal,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _weight(profile: Profile, name: str, unit: str) -> float:
+    """What a linear's losses count."""
+    entry = profile.linears[name]
+    if unit == "kfac":
+        return 0.5
+    if unit == "relative":
+        return 1 / entry.energy if entry.energy else 0.0
+    if entry.mean_square_gradient is None:
+        raise CheckpointError(
+            f"{profile.folder} was made without gradients, which unit 'gradient' counts in; "
+            "profile with the same recipe"
+        )
+    return 0.5 * entry.mean_square_gradient
 
 
 def require_held_out(held_out: TokenWindows | None, where: str) -> TokenWindows:

@@ -183,7 +183,7 @@ def _work(
     wanted = {*targets, *(name for pair in attentions.values() for name in pair)}
     device = next(model.parameters()).device
     probe = torch.arange(PROBE_TOKENS, device=device)[None] % num_embeddings(model)
-    anatomy = discover(model, probe, path).only(wanted)
+    anatomy = discover(model, probe, path).only(wanted).laid_out(recipe.layout)
     sizes = {site.name: site.shape for site in anatomy.sites}
     targeted = sum(shape.dense_params for shape in sizes.values())
     fixed, kv_cache = _latents(model, recipe, attentions, sizes)

@@ -53,7 +53,7 @@ def test_the_pivoted_layout_is_refused_by_name():
         ({"linears": "all"}, "no mapping"),
         ({"linears": {}, "bits": 4}, "unknown keys: bits"),
         ({"linears": {}, "quant_method": "gptq"}, "quant_method is 'gptq'"),
-        ({"linears": {}, "format_version": 2}, "format version 2; .* upgrade slimrank"),
+        ({"linears": {}, "format_version": 3}, "format version 3; .* upgrade slimrank"),
         ({"linears": {}, "format_version": 0}, "format version 0"),
         ({"linears": {}, "format_version": "1"}, "format version 1"),
         ({"linears": {}, "format_version": None}, "format version None"),

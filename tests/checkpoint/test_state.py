@@ -214,10 +214,10 @@ def test_all_that_is_another_is_named(left, out):
 
 def test_differences_of_versions(left, out):
     with RunState.resume(out) as state:
-        assert state.differences(state.manifest.versions) == []
+        assert state.manifest.differences(state.manifest.versions) == []
         now = {"torch": "2.14.0", "threads": "2", "device": "cpu"}
-        assert state.differences(now) == ["torch 2.13.0 -> 2.14.0", "device none -> cpu"]
-        assert state.differences({"torch": "2.13.0"}) == ["threads 2 -> none"]
+        assert state.manifest.differences(now) == ["torch 2.13.0 -> 2.14.0", "device none -> cpu"]
+        assert state.manifest.differences({"torch": "2.13.0"}) == ["threads 2 -> none"]
 
 
 def test_what_is_no_unfinished_run(out, left, manifest):

@@ -334,7 +334,7 @@ def test_interrupting_a_sequential_run_says_how_to_go_on(model, text, tmp_path, 
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    monkeypatch.setattr("slimrank.sequential.pass_shifted", stop)
+    monkeypatch.setattr("slimrank.sequential.block.pass_shifted", stop)
     arguments = ["compress", model, out, "--keep", 0.8, "--order", "sequential", *SMALL]
     result = runner.invoke(app, [str(a) for a in (*arguments, "--calibration", text)])
     assert result.exit_code == 130

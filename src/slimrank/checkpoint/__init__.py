@@ -1,9 +1,21 @@
 """The folder on disk: what a loader needs, and how it is written, checked and read."""
 
+from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
 from slimrank.checkpoint.contents import FolderContents, read_folder
-from slimrank.checkpoint.folder import read_report, write_folder
+from slimrank.checkpoint.finished import FinishedBlock
+from slimrank.checkpoint.folder import (
+    CARD,
+    QUANTIZATION,
+    RECIPE,
+    REPORT,
+    compare_with_folder,
+    read_quantization,
+    read_report,
+    write_folder,
+)
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
+from slimrank.checkpoint.manifest import RunManifest
 from slimrank.checkpoint.passing import renamed_when_done, require_writable
 from slimrank.checkpoint.profile import (
     Profile,
@@ -14,23 +26,22 @@ from slimrank.checkpoint.profile import (
 )
 from slimrank.checkpoint.quantizer import LowRankQuantizer, mark_compressed, register
 from slimrank.checkpoint.size import (
+    SHARD_SIZE,
     folder_bytes,
     read_headers,
     safetensors_bytes,
     weight_file_bytes,
 )
-from slimrank.checkpoint.state import (
-    FinishedBlock,
-    RunManifest,
-    RunState,
-    has_run,
-    require_no_run,
-    state_folder,
-)
+from slimrank.checkpoint.state import RunState, has_run, require_no_run, state_folder
 
 __all__ = [
+    "CARD",
     "LOAD_ERRORS",
+    "QUANTIZATION",
     "QUANT_METHOD",
+    "RECIPE",
+    "REPORT",
+    "SHARD_SIZE",
     "FinishedBlock",
     "FolderContents",
     "LowRankConfig",
@@ -41,13 +52,16 @@ __all__ = [
     "ProfiledLinear",
     "RunManifest",
     "RunState",
+    "compare_with_folder",
     "folder_bytes",
     "has_run",
     "load",
     "mark_compressed",
+    "model_card",
     "read_folder",
     "read_headers",
     "read_profile",
+    "read_quantization",
     "read_report",
     "register",
     "renamed_when_done",

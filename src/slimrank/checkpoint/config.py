@@ -10,6 +10,7 @@ from slimrank.errors import CheckpointError
 
 QUANT_METHOD = "low_rank"
 FORMAT_VERSION = 1
+INT8_VERSION = 2  # of folders with int8 codes: what reads version 1 must refuse them
 Entry = TypeVar("Entry", bound=BaseModel)
 
 
@@ -20,6 +21,15 @@ class LowRankLinearConfig(BaseModel):
 
     rank: int = Field(ge=1)
     pivoted: bool = False
+    bits: int | None = Field(None, ge=8, le=8)
+
+
+class RoundedLinearConfig(BaseModel):
+    """One dense linear whose matrix is stored in eight bits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    bits: int = Field(ge=8, le=8)
 
 
 class SplitConfig(BaseModel):
@@ -44,7 +54,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The ``quantization_config`` of a compressed checkpoint.
 
     It sits in the quantiser's place because that is where transformers lets a package swap modules
-    before weights are loaded; nothing is quantised.
+    before weights are loaded. Factors may be quantised on top; few are.
 
     Parameters
     ----------
@@ -54,7 +64,10 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Fused projections that were split, by full name.
     kv_cache : mapping of str to LatentConfig or mapping, optional
         Attentions whose cache holds latents, by full name.
+    rounded : mapping of str to RoundedLinearConfig or mapping, optional
+        Dense linears in eight bits, by full name.
     format_version : int
+        Of the file that is read. What is written says 2 if anything is in eight bits, else 1.
     quant_method : str
         Always ``'low_rank'``.
 
@@ -75,7 +88,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         linears: Mapping[str, Any] | None = None,
         splits: Mapping[str, Any] | None = None,
         kv_cache: Mapping[str, Any] | None = None,
-        format_version: int = FORMAT_VERSION,
+        rounded: Mapping[str, Any] | None = None,
+        format_version: int = INT8_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -83,22 +97,18 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError(f"quantization_config has unknown keys: {', '.join(unknown)}")
         if quant_method != QUANT_METHOD:
             raise CheckpointError(f"quant_method is '{quant_method}', not '{QUANT_METHOD}'")
-        if format_version != FORMAT_VERSION:
+        if format_version not in (FORMAT_VERSION, INT8_VERSION):
             raise CheckpointError(
-                f"the checkpoint has format version {format_version}; this slimrank reads version "
-                f"{FORMAT_VERSION}: upgrade slimrank"
+                f"the checkpoint has format version {format_version}; this slimrank reads versions "
+                f"{FORMAT_VERSION} and {INT8_VERSION}: upgrade slimrank"
             )
         if not isinstance(linears, Mapping):
             raise CheckpointError("quantization_config.linears is no mapping of names to ranks")
         self.quant_method = quant_method
-        self.format_version = format_version
         self.linears = {
             name: _entry(LowRankLinearConfig, "linears", name, value)
             for name, value in linears.items()
         }
-        for name, linear in self.linears.items():
-            if linear.pivoted:
-                raise CheckpointError(f"{name} is pivoted, a layout this version does not read")
         self.splits = {
             name: _entry(SplitConfig, "splits", name, value)
             for name, value in (splits or {}).items()
@@ -107,6 +117,15 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             name: _entry(LatentConfig, "kv_cache", name, value)
             for name, value in (kv_cache or {}).items()
         }
+        self.rounded = {
+            name: _entry(RoundedLinearConfig, "rounded", name, value)
+            for name, value in (rounded or {}).items()
+        }
+        self.format_version = INT8_VERSION if self.int8_linears else FORMAT_VERSION
+        if format_version < self.format_version:
+            raise CheckpointError(
+                f"quantization_config says format version {format_version}, which has no 8 bits"
+            )
         for entry in self.kv_cache.values():
             for name in (entry.keys, entry.values):
                 if name not in self.linears:
@@ -114,14 +133,28 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
                         f"quantization_config.kv_cache names {name}, which is not factorised"
                     )
 
+    @property
+    def int8_linears(self) -> list[str]:
+        """Names of the linears in eight bits, factorised ones first."""
+        return [n for n, linear in self.linears.items() if linear.bits is not None] + [
+            *self.rounded
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``config.json``."""
         values: dict[str, Any] = {
             "quant_method": self.quant_method,
             "format_version": self.format_version,
-            "linears": {name: linear.model_dump() for name, linear in self.linears.items()},
+            "linears": {
+                name: linear.model_dump(exclude_none=True) for name, linear in self.linears.items()
+            },
         }
-        for key, entries in (("splits", self.splits), ("kv_cache", self.kv_cache)):
+        parts: dict[str, Mapping[str, BaseModel]] = {
+            "splits": self.splits,
+            "kv_cache": self.kv_cache,
+            "rounded": self.rounded,
+        }
+        for key, entries in parts.items():
             if entries:
                 values[key] = {name: e.model_dump(mode="json") for name, e in entries.items()}
         return values

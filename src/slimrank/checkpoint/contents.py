@@ -7,11 +7,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from slimrank.allocation import PIVOT_PARAMS
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
-from slimrank.checkpoint.folder import REPORT, read_report
+from slimrank.checkpoint.folder import REPORT, read_quantization, read_report
 from slimrank.checkpoint.size import read_headers, safetensors_bytes, weight_file_bytes
 from slimrank.errors import CheckpointError
-from slimrank.report import CompressionReport, SizeReport
+from slimrank.report import CompressionReport, QuantizationReport, SizeReport
 
 
 class FolderContents(BaseModel):
@@ -25,6 +26,10 @@ class FolderContents(BaseModel):
         targeted linears are those that are factorised.
     ranks : dict of str to int
         Of the factorised linears.
+    int8 : tuple of str
+        Linears whose factors, or whose matrix, are in eight bits.
+    quantization : QuantizationReport or None
+        What the rounding cost; there if `int8` is.
     report : CompressionReport or None
         As written beside the weights: recipe, losses, fingerprints.
     report_fits : bool
@@ -36,6 +41,8 @@ class FolderContents(BaseModel):
     folder: str
     size: SizeReport
     ranks: dict[str, int]
+    int8: tuple[str, ...] = ()
+    quantization: QuantizationReport | None = None
     report: CompressionReport | None
     report_fits: bool
 
@@ -64,6 +71,8 @@ def read_folder(folder: str | Path) -> FolderContents:
         folder=str(folder),
         size=report.size if report is not None and fits else size,
         ranks=ranks,
+        int8=tuple(config.int8_linears),
+        quantization=read_quantization(folder) if config.int8_linears else None,
         report=report,
         report_fits=fits,
     )
@@ -85,8 +94,9 @@ def _read_config(folder: Path) -> LowRankConfig:
 
 def _size(tensors: dict[str, Tensor], weight_bytes: int, folder: Path) -> SizeReport:
     """Budget line from the files alone."""
+    tensors = _as_floats(tensors)
     dense = dict(tensors)
-    before = after = scales = 0
+    before = after = scales = pivot_params = 0
     for name, latent in tensors.items():
         if not name.endswith(".latent.weight"):
             continue
@@ -95,18 +105,32 @@ def _size(tensors: dict[str, Tensor], weight_bytes: int, folder: Path) -> SizeRe
         if expand is None:
             raise CheckpointError(f"{folder} lacks {base}.expand.weight")
         del dense[name]
-        out_features, in_features = expand.shape[0], latent.shape[1]
+        pivots = dense.pop(f"{base}.pivots", None)
+        rows = 0 if pivots is None else len(pivots)
+        out_features, in_features = expand.shape[0] + rows, latent.shape[1]
         dense[f"{base}.weight"] = latent.new_empty(out_features, in_features)
         before += out_features * in_features
-        after += latent.numel() + expand.numel()
+        after += latent.numel() + expand.numel() + PIVOT_PARAMS * rows
+        pivot_params += (PIVOT_PARAMS - 1) * rows
         scales += out_features * in_features * (latent.element_size() - 1) - 2 * out_features
     dense_bytes = safetensors_bytes(dense)
     return SizeReport(
         target_params_before=max(before, 1),
         target_params=after,
         model_params_before=sum(t.numel() for t in dense.values()),
-        model_params=sum(t.numel() for t in tensors.values()),
+        model_params=sum(t.numel() for t in tensors.values()) + pivot_params,
         weight_bytes_before=dense_bytes,
         weight_bytes=weight_bytes,
         int8_bytes=dense_bytes - scales,
     )
+
+
+def _as_floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the matrix, of the dtype of its scales, in the place of codes and scales."""
+    coded = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
+    coded = [name for name in coded if f"{name}.scale" in tensors]
+    apart = {f"{name}.{part}" for name in coded for part in ("codes", "scale")}
+    return {name: tensor for name, tensor in tensors.items() if name not in apart} | {
+        f"{name}.weight": tensors[f"{name}.scale"].new_empty(tensors[f"{name}.codes"].shape)
+        for name in coded
+    }

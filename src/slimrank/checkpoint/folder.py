@@ -13,9 +13,10 @@ from slimrank.checkpoint.passing import renamed_when_done
 from slimrank.checkpoint.size import SHARD_SIZE, weight_file_bytes
 from slimrank.errors import CheckpointError, NumericalWarning
 from slimrank.recipe import CompressionRecipe
-from slimrank.report import CompressionReport
+from slimrank.report import CompressionReport, QuantizationReport
 
 RECIPE, REPORT, CARD = "recipe.yaml", "report.json", "README.md"
+QUANTIZATION = "quantize.json"
 
 
 def write_folder(
@@ -80,12 +81,39 @@ def read_report(folder: str | Path) -> CompressionReport:
     return CompressionReport.from_json(text, str(path))
 
 
-def _compare(model: Any, folder: Path, report: CompressionReport, probe: Tensor) -> None:
-    """Hold every file against what it was written from."""
-    if CompressionRecipe.from_file(folder / RECIPE) != report.recipe:
-        raise CheckpointError(f"{RECIPE} does not read back as it was written")
-    if read_report(folder) != report:
-        raise CheckpointError(f"{REPORT} does not read back as it was written")
+def read_quantization(folder: str | Path) -> QuantizationReport | None:
+    """Read what `slimrank quantize` wrote beside the weights; None if it is not there.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    path = Path(folder) / QUANTIZATION
+    if not path.is_file():
+        return None
+    try:
+        return QuantizationReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"cannot read {path}: {line}") from error
+
+
+def compare_with_folder(model: Any, folder: Path, probe: Tensor) -> None:
+    """Load a folder again and hold it against the model that it was written from.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    folder : Path
+    probe : Tensor of shape (1, tokens)
+        Token ids on which logits are compared.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor or a logit differs in one bit.
+    """
     again = load(folder, dtype="auto").to(next(model.parameters()).device)
     expected, found = model.state_dict(), again.state_dict()
     if expected.keys() != found.keys():
@@ -100,6 +128,15 @@ def _compare(model: Any, folder: Path, report: CompressionReport, probe: Tensor)
         logits = [m(input_ids=probe, use_cache=False).logits for m in (model, again)]
     if not torch.equal(*logits):
         raise CheckpointError("the folder loads, but gives other logits than the model in memory")
+
+
+def _compare(model: Any, folder: Path, report: CompressionReport, probe: Tensor) -> None:
+    """Hold every file against what it was written from."""
+    if CompressionRecipe.from_file(folder / RECIPE) != report.recipe:
+        raise CheckpointError(f"{RECIPE} does not read back as it was written")
+    if read_report(folder) != report:
+        raise CheckpointError(f"{REPORT} does not read back as it was written")
+    compare_with_folder(model, folder, probe)
 
 
 def _copy_passing_buffers(model: Any, again: Any) -> None:

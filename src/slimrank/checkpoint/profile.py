@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slimrank.allocation import LinearProfile, LinearShape
+from slimrank.allocation import Layout, LinearProfile, LinearShape
 from slimrank.calibration import TokenWindows
 from slimrank.errors import CheckpointError
 from slimrank.linalg import Decomposition
@@ -47,6 +47,8 @@ class ProfiledLinear(_Frozen):
         See `slimrank.report.LinearReport`.
     seconds : float
         Of the solve.
+    mean_square_gradient : float or None
+        Of the loss at its outputs, per token and output, if gradients were taken.
     """
 
     name: str
@@ -60,6 +62,7 @@ class ProfiledLinear(_Frozen):
     stored_rank: int
     token_check: float | None
     seconds: float
+    mean_square_gradient: float | None = None
 
 
 class ProfileManifest(_Frozen):
@@ -73,6 +76,8 @@ class ProfileManifest(_Frozen):
     ridge : float
         Share of the mean diagonal that was added to the moments.
     method, dtype : str
+    settings : dict of str to float or str
+        Of the method, and which gradients it looked at.
     for_kv_cache : bool
         Whether it holds what a key/value cache of latents may ask for: the whole bases of keys and
         values, and fused projections split into keys, values and the rest.
@@ -97,6 +102,7 @@ class ProfileManifest(_Frozen):
     model_fingerprint: str
     method: str
     ridge: float = 0.0
+    settings: dict[str, float | str] = {}
     dtype: str
     for_kv_cache: bool
     calibration: CalibrationRecipe
@@ -136,11 +142,15 @@ class Profile:
         """Entries of the manifest by name."""
         return {linear.name: linear for linear in self.manifest.linears}
 
-    def allocation_profiles(self, after_norm: bool = False) -> list[LinearProfile]:
+    def allocation_profiles(
+        self, layout: Layout = "plain", after_norm: bool = False
+    ) -> list[LinearProfile]:
         """What an allocator may see of the linears.
 
         Parameters
         ----------
+        layout : {'plain', 'pivoted', 'auto'}
+            That the factors are to have.
         after_norm : bool
             Take the last block's importance after the final norm, as the authors' code does.
 
@@ -159,7 +169,7 @@ class Profile:
             importance[-1] = self.manifest.importance_after_norm
         return [
             LinearProfile(
-                shape=LinearShape(x.name, x.out_features, x.in_features),
+                shape=LinearShape(x.name, x.out_features, x.in_features, layout),
                 kind=x.kind,
                 block=x.block,
                 singular_values=self.spectra[x.name],
@@ -189,6 +199,7 @@ class Profile:
             self._open.clear()
             self._open[entry.block] = self._read_block(entry.block)
         basis = self._open[entry.block].get(f"{name}.basis")
+        dual = self._open[entry.block].get(f"{name}.dual")
         if basis is None or tuple(basis.shape) != (entry.out_features, entry.stored_rank):
             raise CheckpointError(f"{self.folder} holds no basis of {name}; profile anew")
         if rank > entry.stored_rank:
@@ -198,6 +209,7 @@ class Profile:
             )
         return Decomposition(
             basis=basis,
+            dual=dual,
             target=weight.detach().double(),
             singular_values=self.spectra[name],
             jitter=entry.jitter,

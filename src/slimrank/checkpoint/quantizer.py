@@ -23,11 +23,19 @@ from slimrank.checkpoint.size import as_saved, read_headers
 from slimrank.errors import CheckpointError, ModelError
 from slimrank.model import replace_linear
 from slimrank.nn import (
+    Int8Factor,
+    Int8Linear,
     LowRankLinear,
     SplitLinear,
     attach_latent_cache,
+    check_pivots,
+    check_scale,
     detach_latent_cache,
+    empty_int8_factors,
+    has_int8_factors,
 )
+
+FACTOR_KEYS = (".latent.weight", ".expand.weight", ".pivots", ".latent.codes", ".expand.codes")
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -41,13 +49,13 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """The factors are plain floats."""
-        return True
+        """The factors are plain floats, unless they are codes."""
+        return not self.quantization_config.int8_linears
 
     @property
     def is_qat_trainable(self) -> bool:
         """`Trainer` may train them without adapters."""
-        return True
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -63,14 +71,20 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        # `.half()` and `.float()` refuse models marked as quantised. Ours holds plain floats.
+        # `.half()` and `.float()` refuse models marked as quantised. Ours holds floats, and codes
+        # that they leave alone.
         model.is_quantized = False  # type: ignore[assignment]
+        for name, module in model.named_modules():
+            if isinstance(module, LowRankLinear) and module.pivoted and not module.pivots.is_meta:
+                check_pivots(module.pivots, module.out_features, name)
+            if isinstance(module, Int8Factor | Int8Linear) and not module.scale.is_meta:
+                check_scale(module.scale, name)
         attach(model, self.quantization_config)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         detach_latent_cache(model)
-        for kind in (SplitLinear, LowRankLinear):
+        for kind in (SplitLinear, LowRankLinear, Int8Linear):
             for name, module in list(model.named_modules()):
                 if isinstance(module, kind):
                     replace_linear(model, name, module.to_linear())
@@ -98,16 +112,22 @@ def mark_compressed(model: Any, attentions: Mapping[str, tuple[str, str]] | None
         cache is attached.
     """
     modules = dict(model.named_modules())
-    linears = {n: {"rank": m.rank} for n, m in modules.items() if isinstance(m, LowRankLinear)}
+    linears = {
+        name: {"rank": module.rank, "pivoted": module.pivoted}
+        | ({"bits": 8} if has_int8_factors(module) else {})
+        for name, module in modules.items()
+        if isinstance(module, LowRankLinear)
+    }
     splits = {
         name: {"keys": module.key_ranges, "values": module.value_ranges}
         for name, module in modules.items()
         if isinstance(module, SplitLinear)
     }
-    if not linears and not splits:
+    rounded = {name: {"bits": 8} for name, m in modules.items() if isinstance(m, Int8Linear)}
+    if not linears and not splits and not rounded:
         return
     latents = {n: {"keys": k, "values": v} for n, (k, v) in (attentions or {}).items()}
-    config = LowRankConfig(linears=linears, splits=splits, kv_cache=latents)
+    config = LowRankConfig(linears=linears, splits=splits, kv_cache=latents, rounded=rounded)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
     attach(model, config)
@@ -151,15 +171,16 @@ def swap_in(model: nn.Module, config: LowRankConfig) -> None:
         most = min(linear.in_features, linear.out_features)
         if entry.rank > most:
             raise CheckpointError(f"config.json gives {listed} rank {entry.rank}, over {most}")
-        low_rank = LowRankLinear(
-            linear.in_features,
-            linear.out_features,
-            entry.rank,
-            bias=linear.bias is not None,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
-        replace_linear(model, name, low_rank)
+        layer = LowRankLinear.unfilled(linear, entry.rank, "meta", entry.pivoted)
+        if entry.bits is not None:
+            empty_int8_factors(layer)
+        replace_linear(model, name, layer)
+    for listed in config.rounded:
+        name, linear = _listed(model, listed)
+        sides = linear.in_features, linear.out_features
+        dtype = linear.weight.dtype
+        int8 = Int8Linear(*sides, bias=linear.bias is not None, device="meta", dtype=dtype)
+        replace_linear(model, name, int8.train(linear.training))
 
 
 def _known(model: nn.Module, listed: str) -> str:
@@ -189,12 +210,13 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     CheckpointError
         If a file is unreadable, a tensor has another shape, or a factor is missing or not expected.
     """
-    shapes = {name: tuple(t.shape) for name, t in read_headers(files).items()}
+    headers = read_headers(files)
+    shapes = {name: tuple(t.shape) for name, t in headers.items()}
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     wanted = {
         f"{name}.{key}": tensor
         for name, module in model.named_modules()
-        if isinstance(module, (LowRankLinear, SplitLinear))
+        if isinstance(module, (LowRankLinear, SplitLinear, Int8Linear))
         for key, tensor in module.state_dict().items()
     }
     if not wanted.keys() <= shapes.keys():
@@ -208,8 +230,10 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
             raise CheckpointError(
                 f"{full} has shape {shapes[full]}, config.json says {tuple(tensor.shape)}"
             )
+        if tensor.dtype == torch.int8 and headers[full].dtype != torch.int8:
+            raise CheckpointError(f"{full} is {headers[full].dtype}, not torch.int8")
         expected.add(full)
-    factors = {k for k in shapes if k.endswith((".latent.weight", ".expand.weight"))}
+    factors = {k for k in shapes if k.endswith(FACTOR_KEYS)}
     if factors - expected:
         raise CheckpointError(
             f"the weight files hold factors that config.json does not list: "

@@ -1,7 +1,7 @@
 """Tensors on disk: their headers, and their bytes, to the byte."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,9 @@ from slimrank.errors import CheckpointError
 
 SHARD_SIZE = "50GB"  # the default of `save_pretrained`
 NAMES = {dtype: name for name, dtype in TYPES.items()}
+# how safetensors orders types of the same width, the last comes first
+ORDER = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"]
+ORDER += ["C64", "F64", "I64", "U64"]
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -33,7 +36,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    ordered = sorted(tensors.items(), key=lambda item: (-_alignment(item[1].dtype), item[0]))
+    ordered = sorted(tensors.items(), key=lambda item: (_place(item[1].dtype), item[0]))
     for name, tensor in ordered:
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
@@ -60,7 +63,9 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def folder_bytes(model: nn.Module, ranks: Mapping[str, int] | None = None) -> int:
+def folder_bytes(
+    model: nn.Module, ranks: Mapping[str, int] | None = None, pivoted: Collection[str] = ()
+) -> int:
     """Bytes of the weight files that `save_pretrained` would write for a model, shards included.
 
     Parameters
@@ -69,6 +74,8 @@ def folder_bytes(model: nn.Module, ranks: Mapping[str, int] | None = None) -> in
         May be on the meta device.
     ranks : mapping of str to int, optional
         Count these linears as factors of this rank instead of as they are.
+    pivoted : collection of str
+        Those of them in the pivoted layout.
     """
     tensors = {name: torch.empty_like(t, device="meta") for name, t in saved_tensors(model).items()}
     for name, rank in (ranks or {}).items():
@@ -76,7 +83,10 @@ def folder_bytes(model: nn.Module, ranks: Mapping[str, int] | None = None) -> in
         out_features, in_features = weight.shape
         tensors[f"{name}.weight"] = weight.new_empty(0)
         tensors[f"{name}.latent.weight"] = weight.new_empty(rank, in_features)
-        tensors[f"{name}.expand.weight"] = weight.new_empty(out_features, rank)
+        rows = out_features - rank if name in pivoted else out_features
+        tensors[f"{name}.expand.weight"] = weight.new_empty(rows, rank)
+        if name in pivoted:
+            tensors[f"{name}.pivots"] = weight.new_empty(rank, dtype=torch.int32)
     tensors = as_saved(model, tensors)
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
     return sum(
@@ -122,5 +132,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def _alignment(dtype: torch.dtype) -> int:
-    return torch.empty(0, dtype=dtype).element_size()
+def _place(dtype: torch.dtype) -> tuple[int, int]:
+    """Where safetensors puts tensors of a dtype: wide ones first."""
+    name = NAMES[dtype]
+    return -dtype.itemsize, -ORDER.index(name) if name in ORDER else 0

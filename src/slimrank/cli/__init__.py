@@ -3,6 +3,7 @@
 import typer
 
 from slimrank.cli.analyze import analyze_command
+from slimrank.cli.bench import bench_app
 from slimrank.cli.compress import compress_command
 from slimrank.cli.demo import demo_command
 from slimrank.cli.depth import depth_command
@@ -11,6 +12,8 @@ from slimrank.cli.inspect import inspect_command
 from slimrank.cli.output import version_option
 from slimrank.cli.plan import plan_command
 from slimrank.cli.profile import profile_command
+from slimrank.cli.quantize import quantize_command
+from slimrank.cli.report import report_command
 
 app = typer.Typer(
     name="slimrank",
@@ -26,8 +29,11 @@ app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("analyze")(analyze_command)
 app.command("depth")(depth_command)
+app.command("quantize")(quantize_command)
+app.command("report")(report_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
+app.add_typer(bench_app, name="bench")
 app.command("demo")(demo_command)
 
 

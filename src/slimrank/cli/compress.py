@@ -10,7 +10,7 @@ from slimrank.cli import options as opt
 from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span, track
 from slimrank.compression import compress
 from slimrank.options import CompressionOptions
-from slimrank.report import CompressionReport, LinearReport
+from slimrank.report import CompressionReport, GlobalRanksReport, LinearReport
 
 
 @friendly
@@ -18,6 +18,7 @@ def compress_command(
     model: opt.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
     keep: opt.Keep = None,
+    effort: opt.Effort = None,
     method: opt.MethodName = None,
     scope: opt.Scope = None,
     multiple_of: opt.MultipleOf = None,
@@ -25,6 +26,8 @@ def compress_command(
     importance_weight: opt.ImportanceWeight = None,
     retained_share: opt.RetainedShare = None,
     importance_after_norm: opt.ImportanceAfterNorm = None,
+    unit: opt.Unit = None,
+    layout: opt.Layout = None,
     within_block: opt.WithinBlock = None,
     order: opt.Order = None,
     anchor: opt.Anchor = None,
@@ -53,11 +56,14 @@ def compress_command(
         budget__param_ratio=keep,
         budget__scope=scope,
         budget__multiple_of=multiple_of,
+        effort=effort,
         method=method,
         allocation=allocation,
         swift__importance_weight=importance_weight,
         swift__retained_share=retained_share,
         swift__importance_after_norm=importance_after_norm,
+        global_ranks__unit=unit,
+        layout=layout,
         within_block=within_block,
         order=order,
         anchor=anchor,
@@ -129,6 +135,14 @@ def print_allocation(report: CompressionReport) -> None:
     """Say how dynamic ranks were chosen, if they were."""
     found = report.allocation
     if found is None:
+        return
+    if isinstance(found, GlobalRanksReport):
+        dense = sum(linear.rank is None for linear in report.linears)
+        what = " nats a token, to second order" if found.unit == "kfac" else ""
+        typer.echo(
+            f"ranks by unit {found.unit}, {dense} of {len(report.linears)} linears left dense; "
+            f"predicted loss {found.predicted_loss:.4f}{what}"
+        )
         return
     if found.trials:
         rows = [(f"{t.importance_weight:g}", f"{t.perplexity:.4f}") for t in found.trials]

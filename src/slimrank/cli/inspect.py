@@ -9,6 +9,7 @@ from slimrank.checkpoint import read_folder
 from slimrank.cli import options as opt
 from slimrank.cli.compress import print_allocation, print_losses
 from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span
+from slimrank.cli.quantize import print_rounding
 
 
 @friendly
@@ -40,6 +41,8 @@ def inspect_command(
             f"recipe {report.recipe_fingerprint[:12]}"
         )
         typer.echo(report.recipe.to_yaml().rstrip())
+    if contents.quantization is not None:
+        print_rounding(contents.quantization)
     print_size(contents.size)
     if report is not None and report.kv_cache:
         typer.echo(report.kv_cache.line())

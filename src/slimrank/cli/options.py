@@ -15,8 +15,16 @@ Keep = Annotated[
     float | None,
     typer.Option(help="Share of parameters that stay, in (0, 1]. Needed unless a recipe says it."),
 ]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        help="Settles method and allocation if neither is given: 'fast' (one pass over the text), "
+        "'balanced' (and one backwards), 'best' (and trains each block). [default: balanced]"
+    ),
+]
 MethodName = Annotated[
-    str | None, typer.Option(help=f"One of {', '.join(METHODS)}. [default: swift-svd]")
+    str | None,
+    typer.Option(help=f"One of {', '.join(METHODS)}. [default: as the effort says]"),
 ]
 Scope = Annotated[
     str | None,
@@ -28,8 +36,25 @@ Scope = Annotated[
 Allocation = Annotated[
     str | None,
     typer.Option(
-        help="How the budget is shared out: the same share of each linear ('uniform'), or ranks "
-        "by loss and importance ('swift', Swift-SVD's algorithm 2). [default: uniform]"
+        help="How the budget is shared out: the same share of each linear ('uniform'), ranks by "
+        "loss and importance ('swift', Swift-SVD's algorithm 2), or those that lose least in sum, "
+        "any linear left dense where that is best ('global'). [default: as the effort says, "
+        "uniform beside --method]"
+    ),
+]
+Unit = Annotated[
+    str | None,
+    typer.Option(
+        help="For allocation global: count losses in the model's loss by kfac-svd's metric "
+        "('kfac'), by the mean gradient at a linear's outputs ('gradient'), or as shares of their "
+        "energy ('relative'). [default: kfac]"
+    ),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        help="Store factors whole ('plain'), without what a matrix of low rank repeats "
+        "('pivoted'), or as is smaller ('auto'). [default: auto]"
     ),
 ]
 ImportanceWeight = Annotated[

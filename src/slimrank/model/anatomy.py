@@ -8,7 +8,7 @@ tensor (q, k and v; gate and up; in Falcon attention and MLP) and in which order
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from slimrank.allocation import LinearShape
+from slimrank.allocation import Layout, LinearShape
 from slimrank.errors import CoverageWarning, ModelError
 
 
@@ -74,6 +74,19 @@ class Anatomy:
     def sites(self) -> Iterator[LinearSite]:
         """All linears, in call order."""
         return (site for block in self.groups for group in block for site in group.sites)
+
+    def laid_out(self, layout: Layout) -> "Anatomy":
+        """The same linears, with factors to be stored in a layout."""
+        kept = [
+            [
+                InputGroup(
+                    tuple(replace(s, shape=replace(s.shape, layout=layout)) for s in group.sites)
+                )
+                for group in block
+            ]
+            for block in self.groups
+        ]
+        return replace(self, groups=tuple(tuple(block) for block in kept))
 
     def only(self, names: Iterable[str]) -> "Anatomy":
         """Keep some linears; groups that lose all of theirs go."""

@@ -1,0 +1,46 @@
+"""``slimrank quantize`` prints what it did, and errors in one line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from slimrank.checkpoint import read_folder
+from slimrank.cli import app
+
+runner = CliRunner()
+
+
+def test_it_writes_prints_and_is_read_by_the_others(compressed_folder, text_file, tmp_path):
+    out = tmp_path / "int8"
+    done = runner.invoke(app, ["quantize", str(compressed_folder), str(out), "--bits", "8"])
+    assert done.exit_code == 0, done.output
+    assert "lost by rounding" in done.stdout
+    assert f"wrote {out}" in done.stdout.replace("\n", "")
+    seen = runner.invoke(app, ["inspect", str(out)])
+    assert seen.exit_code == 0, seen.output
+    assert "linears in 8 bits" in seen.stdout
+    short = ["--sequence-length", "64", "--num-windows", "2"]
+    measured = runner.invoke(app, ["evaluate", str(out), "--text", str(text_file), *short])
+    assert measured.exit_code == 0, measured.output
+    assert "perplexity" in measured.stdout
+
+
+def test_json_is_what_the_folder_holds(compressed_folder, tmp_path):
+    out = tmp_path / "int8"
+    done = runner.invoke(app, ["quantize", str(compressed_folder), str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == read_folder(out).quantization.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("bits", "source", "message"),
+    [("4", "compressed_folder", "bits is 4"), ("8", "dense_folder", "not compressed by slimrank")],
+)
+def test_errors_are_one_line(bits, source, message, tmp_path, request):
+    folder, out = request.getfixturevalue(source), tmp_path / "int8"
+    done = runner.invoke(app, ["quantize", str(folder), str(out), "--bits", bits])
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not out.exists()
