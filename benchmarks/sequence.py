@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--num-sequences", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--held-out", type=int, default=8, help="further sequences")
     parser.add_argument("--refine", nargs="*", default=["off", "fast"])
     parser.add_argument("--methods", nargs="*", default=["swift-svd", "shift-aware", "aa-svd"])
     parser.add_argument("--out", required=True)
@@ -44,7 +45,7 @@ def main() -> None:
         load_tokenizer(source), read_text(CalibrationRecipe(source=(options.calibration,)))
     )
     generator = torch.Generator().manual_seed(0)
-    windows = draw_windows(ids, options.num_sequences + 8, options.sequence_length, generator)
+    windows = draw_windows(ids, options.num_sequences + options.held_out, options.sequence_length, generator)
     results: dict[str, Any] = {}
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     settings |= {"model": Path(options.model).name, "calibration": Path(options.calibration).name}
@@ -57,6 +58,8 @@ def main() -> None:
                 "method": method,
                 "order": "sequential",
                 "refine": preset,
+                "layout": "plain",
+                "calibration": {"held_out_sequences": options.held_out},
             }
         )
         results[f"{method}, refine {preset}"] = measure(dense, recipe, windows)
@@ -66,7 +69,7 @@ def main() -> None:
 
 def measure(dense: Any, recipe: CompressionRecipe, windows: Any) -> dict[str, Any]:
     model = copy.deepcopy(dense)
-    calibration, held_out = hold_out(windows, 8)
+    calibration, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
     forwards = [plain_forward(model, calibration)]
     peaks: dict[str, int] = {}
     with sampled_memory(peaks):

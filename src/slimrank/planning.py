@@ -91,7 +91,7 @@ def _plan(skeleton: nn.Module, name: str, work: Work, recipe: CompressionRecipe)
         linears=linears,
         kv_cache=work.kv_cache,
         memory_bytes=memory,
-        profile_bytes=profile_bytes(skeleton, work),
+        profile_bytes=profile_bytes(skeleton, work, recipe),
         inputs=sum(len(block) for block in anatomy.groups),
         warnings=(),
     )
@@ -114,16 +114,22 @@ def plan_profile(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SlimrankWarning)
         work = find_work(skeleton, recipe, for_kv_cache)
-    return profile_bytes(skeleton, work, spectra_only)
+    return profile_bytes(skeleton, work, recipe, spectra_only)
 
 
-def profile_bytes(model: nn.Module, work: Work, spectra_only: bool = False) -> int:
-    """Bytes of a profile on disk, headers left out: bases in float32, spectra in float64."""
+def profile_bytes(
+    model: nn.Module, work: Work, recipe: CompressionRecipe, spectra_only: bool = False
+) -> int:
+    """Bytes of a profile on disk, headers left out: bases in float32, spectra in float64.
+
+    A method that looks at gradients has a second basis, the dual.
+    """
+    bases = 2 if "gradients" in recipe.for_profile().make_method().needs else 1
     total = 0
     for shape in work.shapes:
         rank = 0 if spectra_only else work.useful_rank(shape)
         width = max(4, model.get_submodule(shape.name).weight.element_size())  # type: ignore[operator]
-        total += width * shape.out_features * rank
+        total += bases * width * shape.out_features * rank
         total += 8 * (min(shape.out_features, shape.in_features) + rank + 1)
     return total
 

@@ -185,7 +185,7 @@ def write_profile(
         If the disk has no room.
     """
     model = source.model
-    require_space(out, profile_bytes(model, work, spectra_only))
+    require_space(out, profile_bytes(model, work, recipe, spectra_only))
     windows.check_vocabulary(num_embeddings(model))
     windows, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
     with ExitStack() as stack:

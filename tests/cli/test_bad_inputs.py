@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from slimrank.cli import app
 
 runner = CliRunner()
-SMALL = ["--num-sequences", "4", "--sequence-length", "32"]
+SMALL = ["--effort", "fast", "--num-sequences", "4", "--sequence-length", "32"]
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def test_interrupt_in_the_middle(model, text, tmp_path, number):
     ("flags", "said"),
     [
         (["--order", "both"], "recipe: order: "),
-        (["--anchor", 0.5], "an anchor is given, but swift-svd has none"),
+        (["--anchor", 0.5], "an anchor is given, but kfac-svd has none"),
         (["--method", "aa-svd", "--anchor", 1.5], "recipe: anchor: "),
         (["--ridge", 2], "recipe: ridge: "),
         (["--ridge=-1"], "recipe: ridge: "),

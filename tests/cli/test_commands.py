@@ -14,7 +14,7 @@ from slimrank.errors import RecipeError
 from slimrank.recipe import CompressionRecipe
 
 runner = CliRunner()
-SMALL = ["--num-sequences", "4", "--sequence-length", "32"]
+SMALL = ["--effort", "fast", "--num-sequences", "4", "--sequence-length", "32"]
 
 
 @pytest.fixture
@@ -37,7 +37,9 @@ def compressed(dense_folder: Path, text: Path, tmp_path: Path) -> Path:
     return out
 
 
-def test_compress_prints_the_budget_line_and_writes_a_folder(dense_folder, text, tmp_path):
+def test_compress_prints_the_budget_line_and_writes_a_folder(
+    dense_folder, text, count_params, tmp_path
+):
     out = tmp_path / "out"
     printed = run("compress", dense_folder, out, "--keep", 0.6, "--calibration", text, *SMALL)
     report = slimrank.CompressionReport.model_validate_json((out / "report.json").read_text())
@@ -46,7 +48,7 @@ def test_compress_prints_the_budget_line_and_writes_a_folder(dense_folder, text,
     assert expected | {"report.json", "README.md", "tokenizer.json"} <= {
         p.name for p in out.iterdir()
     }
-    assert AutoModelForCausalLM.from_pretrained(out).num_parameters() == report.size.model_params
+    assert count_params(AutoModelForCausalLM.from_pretrained(out)) == report.size.model_params
 
 
 def test_the_same_budget_line_everywhere(dense_folder, compressed):
@@ -54,11 +56,11 @@ def test_the_same_budget_line_everywhere(dense_folder, compressed):
         (compressed / "report.json").read_text()
     ).size.line()
     assert line in run("inspect", compressed)
-    assert line in run("plan", dense_folder, "--keep", 0.6)
+    assert line in run("plan", dense_folder, "--keep", 0.6, "--effort", "fast")
 
 
 def test_json_is_all_that_stdout_holds(dense_folder, text, compressed, tmp_path):
-    plan = json.loads(run("plan", dense_folder, "--keep", 0.6, "--json"))
+    plan = json.loads(run("plan", dense_folder, "--keep", 0.6, "--effort", "fast", "--json"))
     contents = json.loads(run("inspect", compressed, "--json"))
     assert plan["size"] == contents["size"]
     assert {x["name"]: x["rank"] for x in plan["linears"]} == contents["ranks"]

@@ -12,7 +12,16 @@ import slimrank
 from slimrank.cli import app
 from slimrank.cli.options import build_recipe
 
-SMALL = ["--num-sequences", "4", "--sequence-length", "32", "--held-out-sequences", "2"]
+SMALL = [
+    "--effort",
+    "fast",
+    "--num-sequences",
+    "4",
+    "--sequence-length",
+    "32",
+    "--held-out-sequences",
+    "2",
+]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:uniform ranks do better:slimrank.errors.NumericalWarning"
 )
@@ -95,7 +104,8 @@ def test_a_recipe_file_and_kv(dense_folder, text, tmp_path):
 def test_compress_from_a_profile(dense_folder, text, folder, tmp_path, keep):
     direct, built = tmp_path / "direct", tmp_path / "built"
     run("compress", dense_folder, direct, "--keep", keep, "--calibration", text, *SMALL)
-    printed = run("compress", dense_folder, built, "--keep", keep, "--profile", folder)
+    arguments = ["--keep", keep, "--profile", folder, "--effort", "fast"]
+    printed = run("compress", dense_folder, built, *arguments)
     assert "build " in printed
     assert "calibrate " not in printed
     one, other = (path / "model.safetensors" for path in (direct, built))
@@ -171,7 +181,8 @@ def test_flags_and_yaml_build_the_same_recipe(tmp_path):
 
 def test_a_profile_of_another_model(make_folder, folder, tmp_path):
     other = make_folder("llama", seed=3)
-    line = fails("compress", other, tmp_path / "out", "--keep", 0.7, "--profile", folder)
+    arguments = ["--keep", 0.7, "--profile", folder, "--effort", "fast"]
+    line = fails("compress", other, tmp_path / "out", *arguments)
     assert "is a profile of" in line
     assert "with other weights than" in line
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ def profile_command(
     out: Annotated[
         Path, typer.Argument(metavar="PROFILE", help="Folder to write; must not exist.")
     ],
+    effort: opt.Effort = None,
     method: opt.MethodName = None,
     calibration: opt.Calibration = None,
     num_sequences: opt.NumSequences = None,
@@ -46,10 +47,11 @@ def profile_command(
     recipe: opt.Recipe = None,
     json: opt.Json = False,
 ) -> None:
-    """Take one calibration pass over MODEL, and keep what every size is made from in PROFILE."""
+    """Calibrate on MODEL once, and keep what every size is made from in PROFILE."""
     wanted = opt.build_recipe(
         recipe,
         budget__param_ratio=None if recipe else 1.0,
+        effort=effort,
         method=method,
         calibration__source=calibration,
         calibration__num_sequences=num_sequences,
