@@ -479,7 +479,7 @@ def sequence() -> None:
     for name, entry in record["results"].items():
         said, phases = entry["summary"], entry["phases"]
         row(
-            f"`{name.replace(', refine off', '').replace(', refine ', '` refined `')}`",
+            _sequence_name(name),
             f"{said['plain_forward_seconds']:.1f}",
             f"{said['passes_seconds']:.1f}",
             f"{said['passes_over_forward']:.1f}, "
@@ -491,9 +491,14 @@ def sequence() -> None:
         )
 
 
+def _sequence_name(name: str) -> str:
+    method, how = name.split(", ")
+    return f"`{method}`, {how.replace('refine fast', 'refined by `fast`')}"
+
+
 def refinement() -> None:
     """Held-out loss and seconds by epoch, over all blocks of the refined run."""
-    found = next(e for name, e in read("sequence")["results"].items() if "refine off" not in name)
+    found = next(e for name, e in read("sequence")["results"].items() if "refine fast" in name)
     trained = [block["refinement"] for block in found["blocks"]]
     count = max(len(one["epochs"]) for one in trained)
     header("epoch", *map(str, range(1, count + 1)))

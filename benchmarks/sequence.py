@@ -45,7 +45,9 @@ def main() -> None:
         load_tokenizer(source), read_text(CalibrationRecipe(source=(options.calibration,)))
     )
     generator = torch.Generator().manual_seed(0)
-    windows = draw_windows(ids, options.num_sequences + options.held_out, options.sequence_length, generator)
+    windows = draw_windows(
+        ids, options.num_sequences + options.held_out, options.sequence_length, generator
+    )
     results: dict[str, Any] = {}
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     settings |= {"model": Path(options.model).name, "calibration": Path(options.calibration).name}

@@ -159,7 +159,7 @@ def compressed_folder(
 ) -> Path:
     """The same, compressed to a half; not to be changed."""
     out = tmp_path_factory.mktemp("compressed") / "llama"
-    slimrank.compress(dense_folder, make_recipe(), out=out)
+    slimrank.compress(dense_folder, make_recipe(layout="auto"), out=out)
     return out
 
 

@@ -223,7 +223,7 @@ def test_out_exists(make_model, make_recipe, windows, tmp_path, kind):
 
 def test_what_cannot_be_profiled(make_model, make_recipe, windows, tmp_path):
     out, model = tmp_path / "out", make_model("llama")
-    with pytest.raises(RecipeError, match="svd looks at no activations"):
+    with pytest.raises(RecipeError, match="svd looks at no moments of activations"):
         profile(model, make_recipe(method="svd"), out, windows=windows)
     for method in ("aa-svd", "shift-aware"):
         with pytest.raises(RecipeError, match=rf"{method} looks at what arrives .* by swift-svd"):

@@ -43,10 +43,11 @@ with torch.no_grad():
 
 
 def recipe(method: str) -> CompressionRecipe:
+    chosen = {} if method == "default" else {"method": method}
     return CompressionRecipe.from_dict(
         {
             "budget": {"param_ratio": 0.8},
-            "method": method,
+            **chosen,
             "calibration": {"num_sequences": 8, "sequence_length": 512},
         }
     )
@@ -80,12 +81,12 @@ def test_the_main_job(tmp_path, dense):
     tokenizer = load_tokenizer(parse_source(fetch_model()))
     ids = tokenize(tokenizer, packaged_text("evaluation"))
     found = {"dense": perplexity(dense, ids, 512, 4).value}
-    for method in ("swift-svd", "svd-llm", "svd"):
+    for method in ("swift-svd", "default", "svd"):
         model = copy.deepcopy(dense)
         report = compress(model, recipe(method), tokenizer=tokenizer, out=tmp_path / method)
         found[method] = perplexity(model, ids, 512, 4).value
         low = [linear for linear in report.linears if linear.rank is not None]
-        assert len(low) == 210
+        assert len(low) == 210 or method == "default"
         for linear in low:
             assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-3)
         size = report.size
@@ -101,15 +102,20 @@ def test_the_main_job(tmp_path, dense):
             assert torch.equal(logits, again)
             assert fresh_process(tmp_path / method, ids[:64][None].clone(), imported=False) is None
             assert len(continue_text(model, tokenizer, "The alphabet is", tokens=8).split()) > 3
-    assert found["swift-svd"] == pytest.approx(found["svd-llm"], rel=1e-3)
     assert found["dense"] < found["swift-svd"] < 0.1 * found["svd"]
+    assert found["dense"] < found["default"] < 0.7 * found["swift-svd"]
 
 
 def test_one_profile_serves_every_size_and_the_cache(tmp_path, dense):
     source = parse_source(fetch_model())
     tokenizer = load_tokenizer(source)
     calibration = {"num_sequences": 8, "sequence_length": 256, "held_out_sequences": 1}
-    small = {"budget": {"param_ratio": 0.6}, "calibration": calibration}
+    small = {
+        "effort": "fast",
+        "layout": "plain",
+        "budget": {"param_ratio": 0.6},
+        "calibration": calibration,
+    }
     profile(
         source.name,
         CompressionRecipe.from_dict(small),
@@ -133,7 +139,7 @@ def test_one_profile_serves_every_size_and_the_cache(tmp_path, dense):
     sizes = [read_report(tmp_path / name).size.target_params for name in ("uniform", "dynamic")]
     assert sizes[0] == sizes[1]
     latent = copy.deepcopy(dense)
-    cached = {"budget": {"param_ratio": 1.0}, "kv_cache": {"keep": 0.5}}
+    cached = small | {"budget": {"param_ratio": 1.0}, "kv_cache": {"keep": 0.5}}
     compress(latent, CompressionRecipe.from_dict(cached), profile=tmp_path / "profile")
     options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Effective ranks, ranks for energy, losses and correlations of profiles written by hand."""
 
 import csv
+import dataclasses
 import io
 
 import pytest
@@ -100,6 +101,13 @@ def test_too_few_tokens_are_said():
     (warning,) = analyze(profiles.build(FALLING, IMPORTANCE, tokens=3)).warnings
     assert "6 linears saw fewer tokens" in warning
     assert analyze(profiles.build(FALLING, IMPORTANCE, tokens=4)).warnings == ()
+
+
+def test_a_profile_in_the_metric_of_the_loss_is_refused():
+    found = profiles.build(FALLING, IMPORTANCE)
+    manifest = found.manifest.model_copy(update={"method": "kfac-svd"})
+    with pytest.raises(CheckpointError, match=r"a profile by kfac-svd.*profile with --effort fast"):
+        analyze(dataclasses.replace(found, manifest=manifest))
 
 
 def test_a_profile_without_any_output_is_refused():

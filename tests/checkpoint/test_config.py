@@ -40,9 +40,9 @@ def test_unknown_keys_of_a_linear_are_refused():
         LowRankConfig(linears={NAME: {"rank": 4, "ranks": 5}})
 
 
-def test_the_pivoted_layout_is_refused_by_name():
-    with pytest.raises(CheckpointError, match=f"{NAME} is pivoted"):
-        LowRankConfig(linears={NAME: {"rank": 4, "pivoted": True}})
+def test_the_pivoted_layout_is_kept():
+    config = LowRankConfig(linears={NAME: {"rank": 4, "pivoted": True}})
+    assert LowRankConfig(**config.to_dict()).linears[NAME].pivoted
 
 
 @pytest.mark.parametrize(

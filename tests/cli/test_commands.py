@@ -191,7 +191,7 @@ def test_svd_needs_no_text(dense_folder, tmp_path):
 
 def test_warnings_are_one_line_on_stderr(dense_folder, text, tmp_path):
     arguments = ["--keep", "0.6", "--calibration", str(text), "--num-sequences", "9999"]
-    arguments += ["--sequence-length", "64"]
+    arguments += ["--sequence-length", "64", "--effort", "fast"]
     result = runner.invoke(app, ["compress", str(dense_folder), str(tmp_path / "out"), *arguments])
     assert result.exit_code == 0
     warnings = [x for x in result.stderr.splitlines() if x.startswith("warning: ")]

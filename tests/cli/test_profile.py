@@ -258,7 +258,7 @@ def test_values_out_of_range(dense_folder, tmp_path, flag, value, key):
 
 def test_a_method_that_needs_no_profile(dense_folder, tmp_path):
     line = fails("profile", dense_folder, tmp_path / "out", "--method", "svd")
-    assert "svd looks at no activations" in line
+    assert "svd looks at no moments of activations" in line
     line = fails("profile", dense_folder, tmp_path / "out", "--recipe", anchored(tmp_path))
     assert "aa-svd looks at what arrives in the compressed model" in line
     assert "a profile by swift-svd serves it" in line

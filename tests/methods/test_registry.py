@@ -14,6 +14,7 @@ def test_every_key_is_the_name_of_its_class():
         "shift-aware",
         "aa-svd",
         "kfac-svd",
+        "kfac-aa-svd",
     ]
     for name, kind in METHODS.items():
         assert kind.name == name

@@ -25,6 +25,7 @@ from slimrank.linalg import (
     rank_for_energy,
     tail_energy,
 )
+from slimrank.methods import method_by_name
 
 FIRST_INNER_BLOCK = 2
 
@@ -47,7 +48,8 @@ def analyze(profile: Profile) -> AnalysisReport:
     Raises
     ------
     CheckpointError
-        If no linear of the profile gave any output.
+        If no linear of the profile gave any output, or its spectra are not of outputs but of what
+        the model's loss makes of them.
     SlimrankError
         If scipy is not installed.
 
@@ -56,6 +58,11 @@ def analyze(profile: Profile) -> AnalysisReport:
     Swift-SVD (arXiv 2604.01609), section 4: equation 11 and figure 3.
     """
     manifest = profile.manifest
+    if "gradients" in method_by_name(manifest.method).needs:
+        raise CheckpointError(
+            f"{profile.folder} is a profile by {manifest.method}: its spectra are in the metric of "
+            "the loss, and effective ranks are of outputs; profile with --effort fast"
+        )
     importance, after_norm = manifest.importance, manifest.importance_after_norm
     linears = tuple(
         _analyze_linear(linear, profile.spectra[linear.name], importance[linear.block])

@@ -14,6 +14,7 @@ from slimrank.linalg import (
     decompose_in_metric,
     output_loss,
 )
+from slimrank.linalg.psd import require_finite
 from slimrank.methods.base import require_moment, require_statistic
 
 
@@ -62,7 +63,10 @@ class KFACAASVD:
 
 def _floor(weight: Tensor, target: Tensor, metric: Tensor, moments: Moments) -> float:
     """``E ‖Hᵀ (W x − T x')‖²``; 0 where the original inputs are not known, or have not shifted."""
-    if moments.original is None or moments.shifted is None:
+    if moments.original is None:
+        return 0.0
+    require_finite(moments.original, "the second moment of the original inputs")
+    if moments.shifted is None:
         return 0.0
     weight = weight.detach().double()
     wanted = weight @ moments.original.to(weight) @ weight.mT
