@@ -212,7 +212,8 @@ def test_a_truncated_profile(dense_folder, folder, tmp_path, name):
     spoilt = Path(shutil.copytree(folder, tmp_path / "profile"))
     content = (spoilt / name).read_bytes()
     (spoilt / name).write_bytes(content[: len(content) // 2])
-    line = fails("compress", dense_folder, tmp_path / "out", "--keep", 0.7, "--profile", spoilt)
+    arguments = ["--keep", 0.7, "--effort", "fast", "--profile", spoilt]
+    line = fails("compress", dense_folder, tmp_path / "out", *arguments)
     assert f"{name} is damaged" in line
     assert [path.name for path in tmp_path.iterdir()] == ["profile"]
 
@@ -220,7 +221,8 @@ def test_a_truncated_profile(dense_folder, folder, tmp_path, name):
 def test_spectra_only_does_not_compress(dense_folder, text, tmp_path):
     out = tmp_path / "profile"
     run("profile", dense_folder, out, "--calibration", text, *SMALL, "--spectra-only")
-    line = fails("compress", dense_folder, tmp_path / "out", "--keep", 0.7, "--profile", out)
+    arguments = ["--keep", 0.7, "--effort", "fast", "--profile", out]
+    line = fails("compress", dense_folder, tmp_path / "out", *arguments)
     assert "holds spectra only" in line
 
 

@@ -40,7 +40,8 @@ def test_it_gives_the_map_of_the_paper(shape):
     method = KFACSVD()
     first = torch.linalg.cholesky(moments.original)
     second = torch.linalg.cholesky(
-        moments.metric + 1e-2 * moments.metric.diagonal().mean() * torch.eye(out)
+        moments.metric
+        + 1e-2 * moments.metric.diagonal().mean() * torch.eye(out, dtype=torch.float64)
     )
     left, values, right = torch.linalg.svd(second.mT @ weight @ first, full_matrices=False)
     solved = method.decompose(weight, moments)
