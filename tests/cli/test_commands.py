@@ -128,7 +128,8 @@ def test_flags_of_a_sequential_run_and_yaml_build_the_same_recipe(
 ):
     path = tmp_path / "r.yaml"
     path.write_text(
-        "effort: fast\nmethod: aa-svd\nbudget: {param_ratio: 0.6}\norder: sequential\nanchor: 0.5\nridge: 0.0\n"
+        "effort: fast\nmethod: aa-svd\n"
+        "budget: {param_ratio: 0.6}\norder: sequential\nanchor: 0.5\nridge: 0.0\n"
         "within_block: greedy\nrefine: fast\n"
         f"calibration: {{source: [{text}], num_sequences: 4, sequence_length: 32}}\n"
     )
