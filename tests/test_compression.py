@@ -391,7 +391,7 @@ def test_a_folder_and_a_model_in_memory_give_the_same(
     dense_folder, make_model, make_recipe, compressed_folder, tiny_tokenizer
 ):
     model = make_model("llama")
-    compress(model, make_recipe(), tokenizer=tiny_tokenizer)
+    compress(model, make_recipe(layout="auto"), tokenizer=tiny_tokenizer)
     assert_same_state(model.state_dict(), slimrank.load(compressed_folder).state_dict())
 
 
