@@ -35,6 +35,7 @@ from slimrank.checkpoint import (
 from slimrank.drawing import draw
 from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
 from slimrank.errors import NumericalWarning, RecipeError
+from slimrank.methods import STREAMS
 from slimrank.model import weights_fingerprint
 from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel, write_profile
@@ -139,11 +140,17 @@ class _Job:
             return None
         return next(p for p in Path(self.out).absolute().parents if p.exists())
 
-    def held_apart(self) -> tuple[TokenWindows, TokenWindows | None]:
-        """Windows to calibrate on, and those that are held out."""
+    def drawn(self) -> "_Job":
+        """The same with its windows, the held-out ones last: text is read and tokenized once."""
         calibration = self.recipe.calibration
         windows = self.windows or draw(calibration, self.tokenizer, with_held_out=True)
-        return hold_out(windows, calibration.held_out_sequences)
+        return replace(self, windows=windows)
+
+    def held_apart(self) -> tuple[TokenWindows, TokenWindows | None]:
+        """Windows to calibrate on, and those that are held out."""
+        windows = self.drawn().windows
+        assert windows is not None
+        return hold_out(windows, self.recipe.calibration.held_out_sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +224,9 @@ def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) 
         return _make_in_sequence(source, work, job, opened)
     statistics = None
     if opened is None and recipe.allocation != "uniform":
-        statistics = None if is_built else _statistics(source, work, job, job.held_apart()[0])
+        job = job.drawn()
+        if not is_built:
+            statistics = _statistics(source, work, job, recipe.needs, job.held_apart()[0])
         opened = _passing_profile(source, work, job, statistics, spectra_only=not is_built)
     if opened is not None and is_built:
         return build(source.model, work, recipe, opened, options, clock)
@@ -228,14 +237,16 @@ def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) 
         windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=False)
         windows = job.held_apart()[0] if opened is not None else windows
         windows.check_vocabulary(num_embeddings(source.model))
-        statistics = statistics or _statistics(source, work, job, windows)
+        statistics = statistics or _statistics(
+            source, work, job, recipe.needs_beside_ranks, windows
+        )
     linears = factorise_blocks(
         source.model,
         work.anatomy,
         ranks,
         recipe.make_method(),
         recipe.relative_ridge(),
-        windows if recipe.make_method().needs & {"original", "shifted"} else None,
+        windows if recipe.make_method().needs & STREAMS else None,
         options,
         clock,
         statistics,
@@ -251,14 +262,13 @@ def _make(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) 
 
 
 def _statistics(
-    source: ProfiledModel, work: Work, job: _Job, windows: TokenWindows
+    source: ProfiledModel, work: Work, job: _Job, needs: frozenset[str], windows: TokenWindows
 ) -> Statistics | None:
-    """What the recipe looks at beside moments, of these windows; kept to the end."""
+    """What is needed of the original model beside moments, of these windows; kept to the end."""
     store = job.stack.enter_context(ActivationStore(job.options.memory, job.beside))
-    needs, anatomy = job.recipe.needs, work.anatomy
     windows.check_vocabulary(num_embeddings(source.model))
     return collect_statistics(
-        source.model, anatomy, needs, job.recipe, windows, job.options, job.clock, store
+        source.model, work.anatomy, needs, job.recipe, windows, job.options, job.clock, store
     )
 
 
@@ -270,8 +280,8 @@ def _passing_profile(
     spectra_only: bool = False,
 ) -> Profile:
     """Profile for ranks that need the spectra of all blocks; beside the output, gone at the end."""
-    recipe = job.recipe.for_profile()
-    windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=True)
+    recipe, windows = job.recipe.for_profile(), job.drawn().windows
+    assert windows is not None
     if recipe.allocation == "swift" and recipe.swift.importance_weight is None:
         _, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
         require_held_out(held_out, "the calibration text")
@@ -293,6 +303,7 @@ def _passing_profile(
 
 def _make_in_sequence(source: ProfiledModel, work: Work, job: _Job, opened: Profile | None) -> Made:
     """Take the blocks one after the other; go on where a run was cut off."""
+    job = job.drawn()
     model, recipe, clock = source.model, job.recipe, job.clock
     calibration, held_out = job.held_apart()
     drawn = TokenWindows((*calibration.windows, *(held_out.windows if held_out else ())))
@@ -303,9 +314,12 @@ def _make_in_sequence(source: ProfiledModel, work: Work, job: _Job, opened: Prof
         "dtype": environment(model)["dtype"],
     }
     drawn.check_vocabulary(num_embeddings(model))
-    statistics = _statistics(source, work, job, calibration)
+    is_resumed = job.resume and job.out is not None and has_run(Path(job.out))
+    ranks_are_known = is_resumed or opened is not None
+    needs = recipe.needs_beside_ranks if ranks_are_known else recipe.needs
+    statistics = _statistics(source, work, job, needs, calibration)
     state = None
-    if job.resume and job.out is not None and has_run(Path(job.out)):
+    if is_resumed and job.out is not None:
         state = job.stack.enter_context(RunState.resume(Path(job.out)))
         state.require(**marks)
         for difference in state.manifest.differences(environment(model)):

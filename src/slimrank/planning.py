@@ -9,6 +9,7 @@ from slimrank.allocation import LinearShape, RankPlan
 from slimrank.calibration import default_batch_size
 from slimrank.checkpoint import folder_bytes
 from slimrank.errors import SlimrankWarning
+from slimrank.methods import STREAMS
 from slimrank.model import Anatomy
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import PlannedLinear, PlanReport
@@ -167,7 +168,7 @@ def calibration_memory(
             tokens += sample.held_out_sequences * sample.sequence_length
             # In front of a block and behind it, in two streams; all inputs of the original block.
             result["hidden_states"] = 4 * tokens * hidden * width
-            if needs == {"original", "shifted"}:
+            if needs >= STREAMS:
                 widest = max(sum(group.in_features for group in block) for block in anatomy.groups)
                 result["hidden_states"] += tokens * width * widest
                 result["moments"] *= 2

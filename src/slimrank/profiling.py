@@ -32,7 +32,7 @@ from slimrank.drawing import draw
 from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
 from slimrank.errors import RecipeError
 from slimrank.linalg import Decomposition
-from slimrank.methods import KFACSVD
+from slimrank.methods import KFACSVD, STREAMS
 from slimrank.model import Anatomy, weights_fingerprint
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
@@ -129,7 +129,7 @@ def require_moments(recipe: CompressionRecipe) -> None:
         If it looks at no activations, or at those of a model that is partly compressed.
     """
     method = recipe.make_method()
-    if not method.needs & {"original", "shifted"}:
+    if not method.needs & STREAMS:
         raise RecipeError(
             f"{recipe.method} looks at no moments of activations: there is nothing to profile"
         )

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from slimrank.allocation import Budget, Layout
 from slimrank.errors import RecipeError, SlimrankError
-from slimrank.methods import AASVD, ASVD, KFACSVD, Method, method_by_name
+from slimrank.methods import AASVD, ASVD, KFACSVD, STREAMS, Method, method_by_name
 
 METHOD_SETTINGS = MappingProxyType(
     {"anchor": AASVD.name, "damping": KFACSVD.name, "alpha": ASVD.name}
@@ -342,10 +342,14 @@ class CompressionRecipe(_Frozen):
     @property
     def needs(self) -> frozenset[str]:
         """What method, allocation and refinement look at (see `slimrank.methods.Method`)."""
-        needs = self.make_method().needs
         of_ranks = self.allocation == "global" and self.global_ranks.unit != "relative"
+        return self.needs_beside_ranks | ({"gradients"} if of_ranks else set())
+
+    @property
+    def needs_beside_ranks(self) -> frozenset[str]:
+        """The same where the ranks are known already."""
         of_training = self.refines and self.refine.loss == "gradient"
-        return needs | {"gradients"} if of_ranks or of_training else needs
+        return self.make_method().needs | ({"gradients"} if of_training else set())
 
     def method_settings(self) -> dict[str, float | str]:
         """Settings of the method, and of the gradients that it looks at."""
@@ -370,8 +374,7 @@ class CompressionRecipe(_Frozen):
         This one's method if that looks at the original activations, and 'swift-svd' otherwise; and
         'kfac-svd' wherever ranks are told in its unit.
         """
-        method = self.method if "original" in method_by_name(self.method).needs else "swift-svd"
-        method = "swift-svd" if "shifted" in method_by_name(self.method).needs else method
+        method = self.method if self.make_method().needs & STREAMS == {"original"} else "swift-svd"
         if self.allocation == "global" and self.global_ranks.unit == "kfac":
             method = KFACSVD.name
         if method == self.method:
@@ -394,9 +397,7 @@ class CompressionRecipe(_Frozen):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
+            first, key, message = first_fault(error)
             if first["type"] == "extra_forbidden":
                 message = f"unknown key; there are {', '.join(_keys_beside(cls, first['loc']))}"
             cause = first.get("ctx", {}).get("error")
@@ -426,6 +427,13 @@ class CompressionRecipe(_Frozen):
     def fingerprint(self) -> str:
         """SHA-256 of all settings."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def first_fault(error: ValidationError) -> tuple[Any, str, str]:
+    """The first thing that is wrong: as pydantic has it, its dotted key, and its message."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return first, key, first["msg"].removeprefix("Value error, ")
 
 
 def read_recipe_text(path: str | Path) -> str:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimrank.errors import RecipeError
-from slimrank.recipe import read_recipe_text
+from slimrank.recipe import first_fault, read_recipe_text
 
 
 class _Frozen(BaseModel):
@@ -147,9 +147,7 @@ class BenchRecipe(_Frozen):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
+            first, key, message = first_fault(error)
             if first["type"] == "extra_forbidden":
                 message = "unknown key"
                 if len(first["loc"]) == 1:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from slimrank.linalg import Decomposition, Factors, Moments
 
+STREAMS = frozenset({"original", "shifted"})  # whose second moments a method may look at
 STATISTICS = {
     "metric": "the loss gradients at the outputs",
     "row_weights": "the weight gradients",

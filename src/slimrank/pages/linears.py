@@ -73,8 +73,7 @@ def map_of_losses(linears: Sequence[LinearReport]) -> Chart:
     """Draw the loss that was measured for each linear."""
 
     def lost(own: Sequence[LinearReport]) -> tuple[float | None, str]:
-        losses = [x.measured_loss for x in own if x.rank is not None]
-        mean = sum(losses) / len(losses) if losses else None
+        mean = _mean([x.measured_loss for x in own if x.rank is not None])
         return mean, "" if mean is None else f"{100 * mean:.2g}"
 
     losses = [x.measured_loss for x in linears if x.rank is not None]
@@ -93,8 +92,7 @@ def map_of_effective_ranks(linears: Sequence[LinearReport]) -> Chart:
     """Draw the effective rank of what each linear gives."""
 
     def effective(own: Sequence[LinearReport]) -> tuple[float | None, str]:
-        ranks = [x.effective_rank for x in own if x.effective_rank is not None]
-        mean = sum(ranks) / len(ranks) if ranks else None
+        mean = _mean([x.effective_rank for x in own if x.effective_rank is not None])
         return mean, "" if mean is None else f"{mean:.0f}"
 
     ranks = [x.effective_rank for x in linears if x.effective_rank is not None]
@@ -107,6 +105,10 @@ def map_of_effective_ranks(linears: Sequence[LinearReport]) -> Chart:
         Axis("effective rank", ranks, is_log=True),
         "not measured",
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _chart(

@@ -25,7 +25,7 @@ from slimrank.calibration import (
 )
 from slimrank.environment import Clock, peak_bytes
 from slimrank.linalg import Moments
-from slimrank.methods import Method
+from slimrank.methods import STREAMS, Method
 from slimrank.model import InputGroup, LinearSite, replace_linear
 from slimrank.recipe import CompressionRecipe
 from slimrank.refine import refine_block
@@ -35,7 +35,6 @@ from slimrank.sequential.sequence_data import SequenceData
 from slimrank.sequential.walked import Walk
 from slimrank.statistics import Statistics
 
-STREAMS = frozenset({"original", "shifted"})
 Pair = tuple[Moments, Moments]  # over all tokens, over the last sequence
 
 
