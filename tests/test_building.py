@@ -105,6 +105,21 @@ def test_a_profile_for_latents_adds_no_targets(make_model, make_recipe, make_pro
         assert kinds == {"Linear", "LowRankLinear"}
 
 
+def test_gradients_are_not_taken_again_for_ranks_that_a_profile_tells(
+    make_model, make_recipe, make_profile, windows
+):
+    """Whoever took them for the ranks alone finds the ranks in the profile."""
+    recipe = make_recipe(method="swift-svd", allocation="global")
+    model = make_model("llama")
+    folder = make_profile(model, recipe.for_profile()).folder
+    report = compress(model, recipe, windows=windows, profile=folder)
+    assert report.allocation.unit == "kfac"
+    assert "gradients" not in report.seconds
+    other = compress(make_model("llama"), recipe, windows=windows)
+    assert "gradients" in other.seconds
+    assert {x.name: x.rank for x in other.linears} == {x.name: x.rank for x in report.linears}
+
+
 def test_a_folder_from_a_profile(
     dense_folder, make_recipe, make_profile, compressed_folder, tmp_path, tiny_tokenizer
 ):

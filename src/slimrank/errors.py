@@ -4,6 +4,9 @@ Each type means one thing that can be acted on. The message says what happened, 
 do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SlimrankError(Exception):
     """The root of all errors that slimrank raises on purpose."""
@@ -51,3 +54,31 @@ class CoverageWarning(SlimrankWarning):
 
 class SizeWarning(SlimrankWarning):
     """The result is larger than its budget alone would make it."""
+
+
+@contextmanager
+def extra_needed(said: str, extra: str) -> Iterator[None]:
+    """Around the import of a package that an extra of slimrank brings.
+
+    Parameters
+    ----------
+    said : str
+        What needs which package.
+    extra : str
+
+    Raises
+    ------
+    SlimrankError
+        If the package is not installed.
+
+    Examples
+    --------
+    >>> with extra_needed("plots need matplotlib", "analysis"):
+    ...     raise ImportError
+    Traceback (most recent call last):
+    slimrank.errors.SlimrankError: plots need matplotlib: pip install 'slimrank[analysis]'
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise SlimrankError(f"{said}: pip install 'slimrank[{extra}]'") from error

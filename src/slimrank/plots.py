@@ -15,7 +15,7 @@ from slimrank.analysis import (
     mean_by_block,
     ner_by_block,
 )
-from slimrank.errors import SlimrankError
+from slimrank.errors import extra_needed
 from slimrank.linalg import tail_energy
 
 COLUMNS = 4
@@ -156,10 +156,8 @@ def make_panels(count: int, size: tuple[float, float] | None = None) -> tuple[An
     SlimrankError
         If matplotlib is not installed.
     """
-    try:
+    with extra_needed("plots need matplotlib", "analysis"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SlimrankError("plots need matplotlib: pip install 'slimrank[analysis]'") from error
     columns = min(count, COLUMNS)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=size or (2 + 3.2 * columns, 1 + 2.8 * rows), layout="constrained")

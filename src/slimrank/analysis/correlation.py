@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from slimrank.errors import SlimrankError
+from slimrank.errors import extra_needed
 
 FEWEST = 3
 EXACT_UP_TO = 7  # blocks: 5,040 orders to walk through
@@ -132,8 +132,6 @@ def _coefficient(value: float, p_value: float) -> Coefficient:
 
 
 def _scipy_stats() -> Any:
-    try:
+    with extra_needed("correlations need scipy", "analysis"):
         from scipy import stats
-    except ImportError as error:
-        raise SlimrankError("correlations need scipy: pip install 'slimrank[analysis]'") from error
     return stats

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from slimrank.errors import NumericalError, SlimrankError, SlimrankWarning, TextError
+from slimrank.errors import NumericalError, SlimrankWarning, TextError, extra_needed
 from slimrank.evaluation.choice import ChoiceTask
 from slimrank.evaluation.quiet import quiet
 
@@ -64,13 +64,8 @@ def require_harness() -> None:
     SlimrankError
         If it is not.
     """
-    try:
-        with quiet(*LOGGERS):
-            import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise SlimrankError(
-            "zero-shot accuracy needs lm-eval: pip install 'slimrank[eval]'"
-        ) from error
+    with extra_needed("zero-shot accuracy needs lm-eval", "eval"), quiet(*LOGGERS):
+        import lm_eval  # noqa: F401
 
 
 def zero_shot(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from slimrank.checkpoint import folder_bytes
-from slimrank.errors import SlimrankError
+from slimrank.errors import extra_needed
 from slimrank.evaluation import quiet
 
 LOGGERS = ("torchao", "torch.utils._pytree")
@@ -18,13 +18,8 @@ def require_int8() -> None:
     SlimrankError
         If it is not.
     """
-    try:
-        with quiet(*LOGGERS):
-            import torchao.quantization  # noqa: F401
-    except ImportError as error:
-        raise SlimrankError(
-            "the int8 baseline needs torchao: pip install 'slimrank[quant]'"
-        ) from error
+    with extra_needed("the int8 baseline needs torchao", "quant"), quiet(*LOGGERS):
+        import torchao.quantization  # noqa: F401
 
 
 def quantize_linears(model: Any, names: Sequence[str]) -> tuple[int, int]:

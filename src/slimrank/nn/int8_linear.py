@@ -44,9 +44,7 @@ class Int8Factor(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", torch.zeros(out_features, dtype=dtype, device=device))
+        _register_codes(self, in_features, out_features, device, dtype)
 
     @classmethod
     def rounded(cls, matrix: Tensor, dtype: torch.dtype | None = None) -> "Int8Factor":
@@ -117,9 +115,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", torch.zeros(out_features, dtype=dtype, device=device))
+        _register_codes(self, in_features, out_features, device, dtype)
         self.bias = (
             nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -244,3 +240,16 @@ def _product(inputs: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if inputs.dtype == torch.float16:  # where sums of codes would overflow
         return F.linear(inputs, weight * scale[:, None])
     return F.linear(inputs, weight) * scale
+
+
+def _register_codes(
+    module: nn.Module,
+    in_features: int,
+    out_features: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a module the buffers of a matrix in eight bits, all zero."""
+    codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+    module.register_buffer("codes", codes)
+    module.register_buffer("scale", torch.zeros(out_features, dtype=dtype, device=device))
