@@ -22,7 +22,13 @@ from slimrank.calibration.lockstep import (
 )
 from slimrank.calibration.magnitudes import collect_magnitudes
 from slimrank.calibration.moments import BlockMoments, check_on_tokens, collect_moments
-from slimrank.calibration.replay import Batch, after_blocks, embed_batches, run_block
+from slimrank.calibration.replay import (
+    Batch,
+    after_blocks,
+    call_block,
+    embed_batches,
+    run_block,
+)
 from slimrank.calibration.rest import FINAL, RestOfModel, keep_final
 from slimrank.calibration.sensitivity import output_sensitivity
 from slimrank.calibration.shifted import pass_level, pass_shifted
@@ -61,6 +67,7 @@ __all__ = [
     "Streams",
     "TokenWindows",
     "after_blocks",
+    "call_block",
     "call_levels",
     "check_on_tokens",
     "collect_gradients",

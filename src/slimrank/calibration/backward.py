@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from slimrank.calibration.hooks import taking_inputs
-from slimrank.calibration.replay import Call
-from slimrank.calibration.sensitivity import _watched
+from slimrank.calibration.replay import Call, call_block
+from slimrank.calibration.sensitivity import watched
 
 HALF_PEAK = 8  # binary exponent of the largest entry of a float16 gradient that enters a block
 
@@ -76,16 +76,14 @@ def pull_back(
     >>> found.entering.item(), found.outputs[""][0].item()
     (3.0, 1.0)
     """
-    args, kwargs = call
     device = next(block.parameters()).device
     linears = {name: block.get_submodule(name) for name in names}
     seen: dict[str, list[Tensor]] = {name: [] for name in linears} if with_inputs else {}
     takers = {name: partial(_keep, kept) for name, kept in seen.items()}
-    with torch.enable_grad(), _watched(linears) as edges, taking_inputs(block, takers):
+    with torch.enable_grad(), watched(linears) as edges, taking_inputs(block, takers):
         states = inputs.detach().to(device).requires_grad_().clone()  # may be changed in place
         entrance = get_gradient_edge(states)
-        output = block(states, *args, **kwargs)
-        outputs = output[0] if isinstance(output, tuple) else output
+        outputs = call_block(block, states, call)
     sources = [entrance, *(edge for found in edges.values() for edge, _ in found)]
     scale = loss_scale(outputs.dtype, float(gradient.abs().max()))
     scaled = (gradient.to(device) * scale).to(outputs)

@@ -15,6 +15,7 @@ from slimrank.calibration.backward import pull_back
 from slimrank.calibration.gradient_sums import BlockGradients, BlockGradientSums
 from slimrank.calibration.head import head_gradient
 from slimrank.calibration.labels import Labels
+from slimrank.calibration.replay import call_block
 from slimrank.calibration.store import ActivationStore, stacked
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams, embed_streams
 from slimrank.calibration.windows import TokenWindows
@@ -148,12 +149,9 @@ def _entering(index: int) -> str:
 @torch.no_grad()
 def _step_forward(block: nn.Module, index: int, streams: Streams) -> None:
     """Take all windows through a block, and keep what comes out beside what went in."""
-    device = next(block.parameters()).device
     for numbers in streams.groups(streams.calibration):
-        args, kwargs = streams.call(index, numbers)
-        states = stacked(streams.store, (_entering(index),), numbers).to(device)
-        output = block(states, *args, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
+        states = stacked(streams.store, (_entering(index),), numbers)
+        hidden = call_block(block, states, streams.call(index, numbers))
         for number, left in zip(numbers, hidden, strict=True):
             streams.store.put((_entering(index + 1), number), left)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from slimrank.calibration.backward import loss_scale
-from slimrank.calibration.replay import _blocks, _passing_through
+from slimrank.calibration.replay import blocks_of, passing_through
 from slimrank.errors import NumericalError
 from slimrank.model import Anatomy
 
@@ -33,7 +33,7 @@ def head_logits(
     Tensor of shape (batch, length, vocabulary)
     """
     ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-    with _passing_through(_blocks(model, anatomy), anatomy.extra_outputs, [], [], states):
+    with passing_through(blocks_of(model, anatomy), anatomy.extra_outputs, [], [], states):
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
 

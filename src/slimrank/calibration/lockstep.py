@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from slimrank.calibration.endings import Ending, noting_endings
 from slimrank.calibration.finished import FINISHED, HELD
 from slimrank.calibration.hooks import Taker, taking_inputs
+from slimrank.calibration.replay import call_block
 from slimrank.calibration.store import stacked
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams
 from slimrank.calibration.sums import GroupSums, OutputEnergy
@@ -142,11 +143,8 @@ def run_stream(
     -------
     Tensor of shape (sequences, length, hidden)
     """
-    args, kwargs = streams.call(index, numbers)
-    device = next(block.parameters()).device
-    output = block(stacked(streams.store, (stream,), numbers).to(device), *args, **kwargs)
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+    states = stacked(streams.store, (stream,), numbers)
+    return call_block(block, states, streams.call(index, numbers))
 
 
 def by_sequence(name: str, inputs: Tensor, streams: Streams, numbers: list[int]) -> Tensor:

@@ -72,6 +72,24 @@ def embed_batches(
     return batches
 
 
+def call_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Hidden states that a block makes of others, on its device, with gradients if they are on.
+
+    Parameters
+    ----------
+    block : nn.Module
+        Gives hidden states, or a tuple that begins with them.
+    hidden : Tensor of shape (batch, length, hidden)
+        On any device.
+    call : tuple
+        The arguments beside the hidden states.
+    """
+    args, kwargs = call
+    output = block(hidden.to(next(block.parameters()).device), *args, **kwargs)
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
 @torch.no_grad()
 def run_block(block: nn.Module, index: int, batch: Batch) -> Batch:
     """Take one batch through one block.
@@ -83,11 +101,7 @@ def run_block(block: nn.Module, index: int, batch: Batch) -> Batch:
         Its position.
     batch : Batch
     """
-    args, kwargs = batch.calls[index]
-    device = next(block.parameters()).device
-    output = block(batch.hidden.to(device), *args, **kwargs)
-    hidden = output[0] if isinstance(output, tuple) else output
-    return replace(batch, hidden=hidden.cpu())
+    return replace(batch, hidden=call_block(block, batch.hidden, batch.calls[index]).cpu())
 
 
 @torch.no_grad()
@@ -108,8 +122,8 @@ def after_blocks(model: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
     """
     device = next(model.parameters()).device
     ids = torch.zeros(batch.hidden.shape[:2], dtype=torch.int64, device=device)
-    blocks = _blocks(model, anatomy)
-    with _passing_through(blocks, anatomy.extra_outputs, [], [], batch.hidden.to(device)):
+    blocks = blocks_of(model, anatomy)
+    with passing_through(blocks, anatomy.extra_outputs, [], [], batch.hidden.to(device)):
         output = _backbone(model)(input_ids=ids, use_cache=False)
     states: Tensor = output[0]
     return states.cpu()
@@ -136,13 +150,13 @@ def record_calls(
     calls: list[Call] = []
     hidden: list[Tensor] = []
     device = next(model.parameters()).device
-    with _passing_through(_blocks(model, anatomy), anatomy.extra_outputs, hidden, calls):
+    with passing_through(blocks_of(model, anatomy), anatomy.extra_outputs, hidden, calls):
         _backbone(model)(input_ids=ids.to(device), use_cache=False)
     return hidden[0].cpu(), tuple(calls)
 
 
 @contextmanager
-def _passing_through(
+def passing_through(
     blocks: Sequence[nn.Module],
     extra_outputs: int | None,
     hidden: list[Tensor],
@@ -184,7 +198,7 @@ def check_replay(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> None:
     ModelError
         If they differ: more than hidden states flows from block to block.
     """
-    blocks = _blocks(model, anatomy)
+    blocks = blocks_of(model, anatomy)
     seen: list[Any] = []
     handle = blocks[-1].register_forward_hook(lambda _m, _a, output: seen.append(output))
     try:
@@ -206,7 +220,8 @@ def check_replay(model: nn.Module, anatomy: Anatomy, ids: Tensor) -> None:
     )
 
 
-def _blocks(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
+def blocks_of(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
+    """Blocks of a model, in order."""
     return list(model.get_submodule(anatomy.path).children())
 
 

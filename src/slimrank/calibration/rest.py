@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slimrank.calibration.head import head_logits
-from slimrank.calibration.replay import _blocks
+from slimrank.calibration.replay import blocks_of, call_block
 from slimrank.calibration.store import stacked
 from slimrank.calibration.streams import ORIGINAL, Streams
 from slimrank.model import Anatomy
@@ -35,8 +35,8 @@ def keep_final(model: nn.Module, anatomy: Anatomy, streams: Streams) -> None:
     """
     for numbers in streams.walk():
         hidden = stacked(streams.store, (ORIGINAL,), numbers)
-        for index, block in enumerate(_blocks(model, anatomy)):
-            hidden = _run(block, hidden, streams, index, numbers)
+        for index, block in enumerate(blocks_of(model, anatomy)):
+            hidden = call_block(block, hidden, streams.call(index, numbers))
         for number, states in zip(numbers, hidden, strict=True):
             streams.store.put((FINAL, number), states)
 
@@ -81,7 +81,7 @@ class RestOfModel:
             Of the sequences, all of one kind.
         """
         dtype = self._dtype(numbers)
-        later = _blocks(self.model, self.anatomy)[self.index + 1 :]
+        later = blocks_of(self.model, self.anatomy)[self.index + 1 :]
         for index, block in enumerate(later, self.index + 1):
             hidden = checkpoint(
                 _run_frozen,
@@ -119,16 +119,7 @@ def _run_frozen(
 ) -> Tensor:
     with _frozen(block.parameters()):
         # it is run again from the same states, so a block may not change them in place
-        return _run(block, hidden.clone(), streams, index, numbers)
-
-
-def _run(
-    block: nn.Module, hidden: Tensor, streams: Streams, index: int, numbers: Sequence[int]
-) -> Tensor:
-    args, kwargs = streams.call(index, numbers)
-    output = block(hidden.to(next(block.parameters()).device), *args, **kwargs)
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+        return call_block(block, hidden.clone(), streams.call(index, numbers))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from slimrank.calibration.replay import Call
+from slimrank.calibration.replay import Call, call_block
 from slimrank.errors import NumericalError
 
 
@@ -92,12 +92,10 @@ def output_sensitivity(
     """
     if probes < 1:
         raise ValueError(f"at least one probe is needed, not {probes}")
-    args, kwargs = call
     device = next(block.parameters()).device
-    with torch.enable_grad(), _watched(linears) as edges:
+    with torch.enable_grad(), watched(linears) as edges:
         states = inputs.detach().to(device).requires_grad_()
-        output = block(states, *args, **kwargs)
-        outputs = output[0] if isinstance(output, tuple) else output
+        outputs = call_block(block, states, call)
     squares = dict.fromkeys(linears, 0.0)
     owners = [name for name, found in edges.items() for _ in found]
     sources = [edge for found in edges.values() for edge, _ in found]
@@ -122,7 +120,7 @@ def output_sensitivity(
 
 
 @contextmanager
-def _watched(
+def watched(
     linears: Mapping[str, nn.Module],
 ) -> Iterator[dict[str, list[tuple[GradientEdge, int]]]]:
     """Write down where in the graph each output stands, and its width; remove the hooks again.

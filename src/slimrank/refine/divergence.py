@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slimrank.calibration import loss_scale
+from slimrank.calibration import call_block, loss_scale
 from slimrank.refine.data import MicroBatch
-from slimrank.refine.losses import outputs_of, reduced_precision
+from slimrank.refine.losses import reduced_precision
 
 TOKENS = 256  # positions whose logits are held at once
 
@@ -63,7 +63,7 @@ class Divergence:
     def total(self, block: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Sum over tokens, and the number of tokens."""
         with reduced_precision(batch):
-            hidden = outputs_of(block, batch)
+            hidden = call_block(block, batch.inputs, batch.call)
         scale = loss_scale(batch.inputs.dtype, 1.0)  # no gradient by a logit is larger
         _multiply_gradient(hidden, 1 / scale)
         given = self.rest.states(hidden, batch.numbers)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from slimrank.calibration import call_block
 from slimrank.errors import NumericalError
 from slimrank.linalg import cholesky_with_jitter, damped
 from slimrank.refine.data import BlockData, MicroBatch, metric_variance, target_variance
@@ -98,20 +99,12 @@ class SquaredError:
     def total(self, block: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Sum of squares, and the number of elements."""
         with reduced_precision(batch):
-            states = outputs_of(block, batch)
+            states = call_block(block, batch.inputs, batch.call)
         dtype = torch.promote_types(states.dtype, torch.float32)
         errors = states.to(dtype) - batch.targets.to(dtype)
         if self.root is not None:
             errors = errors @ self.root.to(errors)
         return errors.square().sum(), batch.targets.numel()
-
-
-def outputs_of(block: nn.Module, batch: MicroBatch) -> Tensor:
-    """Hidden states that a block gives for what arrives at it."""
-    args, kwargs = batch.call
-    output = block(batch.inputs, *args, **kwargs)
-    states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
 
 
 @contextmanager
