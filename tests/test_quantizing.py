@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import slimrank
@@ -23,27 +22,9 @@ from slimrank.checkpoint import (
 from slimrank.errors import CheckpointError, NumericalError, RecipeError
 from slimrank.nn import Int8Linear
 from slimrank.quantizing import quantize
+from tiny.folders import edit_config, edit_weights, logits_of
 
 NAME = "model.layers.0.mlp.up_proj"
-
-
-@torch.no_grad()
-def logits_of(model, ids):
-    return model(input_ids=ids, use_cache=False).logits
-
-
-def edit_weights(folder, change):
-    (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def edit_config(folder, change):
-    path = folder / "config.json"
-    values = json.loads(path.read_text())
-    change(values["quantization_config"])
-    path.write_text(json.dumps(values))
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from slimrank.allocation import PIVOT_PARAMS
 from slimrank.checkpoint import (
     CARD,
     QUANTIZATION,
@@ -27,16 +28,29 @@ from slimrank.errors import CheckpointError, RecipeError
 from slimrank.evaluation import perplexity
 from slimrank.linalg import rounding_loss
 from slimrank.model import block_path, list_sites, replace_linear
-from slimrank.nn import Int8Linear, LowRankLinear, round_factors
-from slimrank.report import CompressionReport, QuantizationReport, QuantizedLinear
+from slimrank.nn import Int8Linear, LowRankLinear, remap_factors, round_factors
+from slimrank.report import (
+    CompressionReport,
+    LinearReport,
+    Packing,
+    QuantizationReport,
+    QuantizedLinear,
+)
 from slimrank.source import require_finite_weights
 from slimrank.targets import num_embeddings
 
 BITS = 8
 PROBE_TOKENS = 12
+HALVES = (torch.bfloat16, torch.float16)
+ROUND = {"rows": round_factors, "remapped": remap_factors}
+HOW = {
+    "rows": "rounded to 8 bits, with one scale for each row",
+    "remapped": "packed into the memory of one dense matrix, most of their rows in 8 bits; pivoted "
+    "ones became plain first",
+}
 REMARK = (
-    "Afterwards the factors were rounded to 8 bits, with one scale for each row; quantize.json has "
-    "what it cost. The losses above are those of the factors before."
+    "Afterwards the factors were {how}; quantize.json has what it cost. The losses above are those "
+    "of the factors before."
 )
 
 
@@ -46,11 +60,12 @@ def quantize(
     out: str | Path,
     *,
     bits: int = BITS,
+    packing: str = "rows",
     dense_linears: bool = False,
     text: Int[Tensor, " tokens"] | None = None,
     sequence_length: int = 2048,
 ) -> QuantizationReport:
-    """Round the factors of a compressed folder to int8 codes with one scale for each row.
+    """Round the factors of a compressed folder to int8 codes.
 
     Weights only: activations, biases, norms, embeddings and the head stay what they are. The new
     folder is written under a passing name, loaded again and compared before it gets its own name.
@@ -63,6 +78,11 @@ def quantize(
         Must not exist.
     bits : int
         8; others are refused.
+    packing : {'rows', 'remapped'}
+        How factors are stored: codes with one scale for each row, or AA-SVD's "q" rows: both
+        factors in the memory of one dense matrix, what does not fit there in eight bits in 16
+        (`slimrank.linalg.remap`). 'remapped' needs a model of 16 bits. Pivoted factors become plain
+        for it, which changes no output beyond rounding.
     dense_linears : bool
         Round the linears of the blocks that stayed dense too, routers left out.
     text : Tensor of shape (tokens,), optional
@@ -77,7 +97,8 @@ def quantize(
     Raises
     ------
     RecipeError
-        If `bits` is not 8, or nothing is there to be rounded.
+        If `bits` is not 8, `packing` is unknown or needs another dtype, or nothing is there to be
+        rounded.
     CheckpointError
         If `folder` is none of ours, damaged, or quantised already; if `out` exists, the disk is
         full, or what is read back is not what was written. Nothing remains then.
@@ -87,6 +108,7 @@ def quantize(
     folder, out = Path(folder), Path(out)
     if bits != BITS:
         raise RecipeError(f"bits is {bits}; only {BITS} is supported")
+    way = _known_packing(packing)
     contents = read_folder(folder)
     if contents.int8:
         raise CheckpointError(f"{folder} is in {BITS} bits already; start from what it came from")
@@ -98,12 +120,13 @@ def quantize(
         for name, entry in model.config.quantization_config.kv_cache.items()
     }
     before = None if text is None else perplexity(model, text, sequence_length)
-    linears = _round(model, contents, dense_linears)
+    linears = _round(model, contents, way, dense_linears)
     mark_compressed(model, attentions)
     after = None if text is None else perplexity(model, text, sequence_length)
     report = QuantizationReport(
         source=str(folder),
         bits=BITS,
+        packing=way,
         linears=tuple(linears),
         weight_bytes_before=weight_file_bytes(folder),
         weight_bytes=0,
@@ -114,23 +137,36 @@ def quantize(
     return _write(model, contents, report, out)
 
 
-def _round(model: Any, contents: FolderContents, dense_linears: bool) -> list[QuantizedLinear]:
+def _known_packing(word: str) -> Packing:
+    known: tuple[Packing, ...] = get_args(Packing)
+    for packing in known:
+        if packing == word:
+            return packing
+    raise RecipeError(f"packing is '{word}'; it is one of {', '.join(known)}")
+
+
+def _round(
+    model: Any, contents: FolderContents, packing: Packing, dense_linears: bool
+) -> list[QuantizedLinear]:
     """Put the linears into eight bits, in place."""
     factorised = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     dense = _dense(model, contents, factorised) if dense_linears else {}
     if not factorised and not dense:
         raise RecipeError(f"{contents.folder} has no factors to round, only dense linears")
+    if packing == "remapped":
+        _require_halves(factorised)
     losses = _truncation_losses(contents)
     linears = []
     for name, layer in factorised.items():
         exact, before = layer.factors(), _bytes(layer.latent.weight, layer.expand.weight)
-        round_factors(layer)
+        ROUND[packing](layer)
+        stored = [tensor for part in layer.children() for tensor in part.buffers()]
         linears.append(
             QuantizedLinear(
                 name=name,
                 rank=layer.rank,
                 bytes_before=before,
-                bytes_after=_bytes(*layer.latent.buffers(), *layer.expand.buffers()),
+                bytes_after=_bytes(*stored),
                 rounding_loss=rounding_loss(exact, layer.factors()),
                 truncation_loss=losses.get(name),
             )
@@ -149,6 +185,16 @@ def _round(model: Any, contents: FolderContents, dense_linears: bool) -> list[Qu
             )
         )
     return linears
+
+
+def _require_halves(factorised: dict[str, LowRankLinear]) -> None:
+    for name, layer in factorised.items():
+        dtype = layer.latent.weight.dtype
+        if dtype not in HALVES:
+            raise RecipeError(
+                f"packing 'remapped' is for models of 16 bits; the factors of {name} are {dtype}: "
+                "compress with dtype bfloat16 or float16, or take packing 'rows'"
+            )
 
 
 def _dense(
@@ -192,9 +238,30 @@ def _write(
 
 
 def _after_rounding(report: CompressionReport, rounded: QuantizationReport) -> CompressionReport:
-    """The report of the compression with the bytes that are there now, and a remark."""
-    size = report.size.model_copy(update={"weight_bytes": rounded.weight_bytes})
-    return report.model_copy(update={"size": size, "warnings": (*report.warnings, REMARK)})
+    """The report of the compression with what is there now, and a remark."""
+    linears, size = report.linears, report.size
+    if rounded.packing == "remapped":
+        linears = tuple(_made_plain(linear) for linear in linears)
+    more = sum(x.params for x in linears) - sum(x.params for x in report.linears)
+    params = {
+        "target_params": size.target_params + more,
+        "model_params": size.model_params + more,
+        "weight_bytes": rounded.weight_bytes,
+    }
+    remark = REMARK.format(how=HOW[rounded.packing])
+    changed = {
+        "linears": linears,
+        "size": size.model_copy(update=params),
+        "warnings": (*report.warnings, remark),
+    }
+    return report.model_copy(update=changed)
+
+
+def _made_plain(linear: LinearReport) -> LinearReport:
+    if not linear.pivoted or linear.rank is None:
+        return linear
+    params = linear.params + linear.rank * (linear.rank - PIVOT_PARAMS)
+    return linear.model_copy(update={"pivoted": False, "params": params})
 
 
 def _dense_loss(exact: Tensor, rounded: Tensor) -> float:

@@ -45,6 +45,17 @@ def test_the_pivoted_layout_is_kept():
     assert LowRankConfig(**config.to_dict()).linears[NAME].pivoted
 
 
+def test_what_packed_factors_need_is_kept():
+    remapped = {"dtype": "bfloat16", "out_features": 9, "in_features": 8}
+    config = LowRankConfig(linears={NAME: {"rank": 4, "remapped": remapped}, "b": {"rank": 2}})
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["format_version"] == 3
+    assert values["linears"][NAME]["remapped"] == remapped
+    assert values["linears"]["b"] == {"rank": 2, "pivoted": False}
+    assert LowRankConfig(**values).linears == config.linears
+    assert config.int8_linears == [NAME]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -53,7 +64,7 @@ def test_the_pivoted_layout_is_kept():
         ({"linears": "all"}, "no mapping"),
         ({"linears": {}, "bits": 4}, "unknown keys: bits"),
         ({"linears": {}, "quant_method": "gptq"}, "quant_method is 'gptq'"),
-        ({"linears": {}, "format_version": 3}, "format version 3; .* upgrade slimrank"),
+        ({"linears": {}, "format_version": 4}, "format version 4; .* upgrade slimrank"),
         ({"linears": {}, "format_version": 0}, "format version 0"),
         ({"linears": {}, "format_version": "1"}, "format version 1"),
         ({"linears": {}, "format_version": None}, "format version None"),

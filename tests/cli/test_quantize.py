@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from slimrank.checkpoint import read_folder
@@ -33,13 +34,36 @@ def test_json_is_what_the_folder_holds(compressed_folder, tmp_path):
     assert json.loads(done.stdout) == read_folder(out).quantization.model_dump(mode="json")
 
 
+def test_remapped_factors_are_read_by_the_others(
+    make_compressed, tiny_tokenizer, text_file, tmp_path
+):
+    folder, out = tmp_path / "a", tmp_path / "b"
+    model, _ = make_compressed("llama", dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    done = runner.invoke(app, ["quantize", str(folder), str(out), "--packing", "remapped"])
+    assert done.exit_code == 0, done.output
+    seen = runner.invoke(app, ["inspect", str(out)])
+    assert seen.exit_code == 0, seen.output
+    assert "linears in 8 bits, remapped" in seen.stdout
+    short = ["--sequence-length", "64", "--num-windows", "2"]
+    measured = runner.invoke(app, ["evaluate", str(out), "--text", str(text_file), *short])
+    assert measured.exit_code == 0, measured.output
+    assert "perplexity" in measured.stdout
+
+
 @pytest.mark.parametrize(
-    ("bits", "source", "message"),
-    [("4", "compressed_folder", "bits is 4"), ("8", "dense_folder", "not compressed by slimrank")],
+    ("options", "source", "message"),
+    [
+        (["--bits", "4"], "compressed_folder", "bits is 4"),
+        (["--bits", "8"], "dense_folder", "not compressed by slimrank"),
+        (["--packing", "q"], "compressed_folder", "packing is 'q'"),
+        (["--packing", "remapped"], "compressed_folder", "for models of 16 bits"),
+    ],
 )
-def test_errors_are_one_line(bits, source, message, tmp_path, request):
+def test_errors_are_one_line(options, source, message, tmp_path, request):
     folder, out = request.getfixturevalue(source), tmp_path / "int8"
-    done = runner.invoke(app, ["quantize", str(folder), str(out), "--bits", bits])
+    done = runner.invoke(app, ["quantize", str(folder), str(out), *options])
     assert done.exit_code == 1
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimrank.errors import NumericalError
-from slimrank.linalg import Factors, even_columns, remap, remapped_bytes, round_rows, rounding_loss
+from slimrank.linalg import (
+    Factors,
+    even_columns,
+    pivot_rows,
+    principal_components,
+    remap,
+    round_rows,
+    rounding_loss,
+)
 from tolerances import TOLERANCE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -96,24 +104,19 @@ def test_the_loss_is_that_of_the_dense_product():
     assert rounding_loss(nothing, nothing) == 0.0
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(12, 7), (7, 12), (9, 9)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_remapped_factors_are_those_they_were(rows, columns, dtype):
-    factors = Factors(random(rows, 5), random(5, columns, seed=1))
-    stored = remap(factors, dtype)
-    assert stored.packed.shape == (max(rows, columns), 5)
-    tensors = (stored.packed, stored.left_scale, stored.right_scale)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    assert total == remapped_bytes(rows, columns, 5)
-    shorter = min(rows, columns)
-    again = stored.factors()
-    for exact, found in ((factors.left, again.left), (factors.right.mT, again.right.mT)):
-        steps = exact[:shorter].abs().amax(0) / 127
-        slack = steps / 2 + exact[:shorter].abs() * 2 * torch.finfo(dtype).eps
-        assert ((exact - found.double())[:shorter].abs() <= slack).all()
-        assert torch.equal(exact[shorter:].to(dtype), found[shorter:])
+def test_principal_components_keep_the_product_and_lower_the_error():
+    spread = torch.logspace(0, -2, 24, dtype=torch.float64)[:, None]
+    pivoted = pivot_rows(Factors(random(96, 24), spread * random(24, 40, seed=1)))
+    factors = pivoted.factors()
+    found = principal_components(factors)
+    unit = TOLERANCE["linalg", torch.float64]
+    assert (found.dense() - factors.dense()).norm() < unit * factors.dense().norm()
+    assert (found.left.mT @ found.left - torch.eye(24)).norm() < 24 * unit
+    gram = found.right @ found.right.mT
+    assert (gram - gram.diagonal().diag()).norm() < unit * gram.norm()
+    assert (gram.diagonal().diff() <= 0).all()
 
+    def loss(parts):
+        return rounding_loss(factors, remap(parts).factors())
 
-def test_remapping_refuses_what_does_not_fit():
-    with pytest.raises(NumericalError, match="cannot pack"):
-        remap(Factors(torch.tensor([[1.0], [1e9]]), torch.ones(1, 1)), torch.float16)
+    assert loss(found) < loss(factors) / 3

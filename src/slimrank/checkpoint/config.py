@@ -1,9 +1,9 @@
 """All that a loader needs to know, as it stands in ``config.json``."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slimrank.errors import CheckpointError
@@ -11,7 +11,18 @@ from slimrank.errors import CheckpointError
 QUANT_METHOD = "low_rank"
 FORMAT_VERSION = 1
 INT8_VERSION = 2  # of folders with int8 codes: what reads version 1 must refuse them
+REMAPPED_VERSION = 3  # of folders with packed factors
 Entry = TypeVar("Entry", bound=BaseModel)
+
+
+class RemappedConfig(BaseModel):
+    """What it takes to unpack the factors of one linear: the file has only the longer side."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dtype: Literal["bfloat16", "float16"]
+    out_features: int = Field(ge=1)
+    in_features: int = Field(ge=1)
 
 
 class LowRankLinearConfig(BaseModel):
@@ -22,6 +33,13 @@ class LowRankLinearConfig(BaseModel):
     rank: int = Field(ge=1)
     pivoted: bool = False
     bits: int | None = Field(None, ge=8, le=8)
+    remapped: RemappedConfig | None = None
+
+    @model_validator(mode="after")
+    def _stored_in_one_way(self) -> "LowRankLinearConfig":
+        if self.remapped is not None and (self.pivoted or self.bits is not None):
+            raise ValueError("'remapped' stands beside neither 'bits' nor the pivoted layout")
+        return self
 
 
 class RoundedLinearConfig(BaseModel):
@@ -67,7 +85,8 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     rounded : mapping of str to RoundedLinearConfig or mapping, optional
         Dense linears in eight bits, by full name.
     format_version : int
-        Of the file that is read. What is written says 2 if anything is in eight bits, else 1.
+        Of the file that is read. What is written says 3 if any factors are packed, else 2 if
+        anything is in eight bits, else 1.
     quant_method : str
         Always ``'low_rank'``.
 
@@ -89,7 +108,7 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         splits: Mapping[str, Any] | None = None,
         kv_cache: Mapping[str, Any] | None = None,
         rounded: Mapping[str, Any] | None = None,
-        format_version: int = INT8_VERSION,
+        format_version: int = REMAPPED_VERSION,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -97,10 +116,10 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise CheckpointError(f"quantization_config has unknown keys: {', '.join(unknown)}")
         if quant_method != QUANT_METHOD:
             raise CheckpointError(f"quant_method is '{quant_method}', not '{QUANT_METHOD}'")
-        if format_version not in (FORMAT_VERSION, INT8_VERSION):
+        if format_version not in (FORMAT_VERSION, INT8_VERSION, REMAPPED_VERSION):
             raise CheckpointError(
                 f"the checkpoint has format version {format_version}; this slimrank reads versions "
-                f"{FORMAT_VERSION} and {INT8_VERSION}: upgrade slimrank"
+                f"{FORMAT_VERSION} to {REMAPPED_VERSION}: upgrade slimrank"
             )
         if not isinstance(linears, Mapping):
             raise CheckpointError("quantization_config.linears is no mapping of names to ranks")
@@ -121,10 +140,13 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             name: _entry(RoundedLinearConfig, "rounded", name, value)
             for name, value in (rounded or {}).items()
         }
-        self.format_version = INT8_VERSION if self.int8_linears else FORMAT_VERSION
+        remapped = any(linear.remapped is not None for linear in self.linears.values())
+        rounded_version = INT8_VERSION if self.int8_linears else FORMAT_VERSION
+        self.format_version = REMAPPED_VERSION if remapped else rounded_version
         if format_version < self.format_version:
+            what = "packed factors" if remapped and format_version == INT8_VERSION else "8 bits"
             raise CheckpointError(
-                f"quantization_config says format version {format_version}, which has no 8 bits"
+                f"quantization_config says format version {format_version}, which has no {what}"
             )
         for entry in self.kv_cache.values():
             for name in (entry.keys, entry.values):
@@ -135,10 +157,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def int8_linears(self) -> list[str]:
-        """Names of the linears in eight bits, factorised ones first."""
-        return [n for n, linear in self.linears.items() if linear.bits is not None] + [
-            *self.rounded
-        ]
+        """Names of the linears in eight bits, all or in part, factorised ones first."""
+        stored = {n: (linear.bits, linear.remapped) for n, linear in self.linears.items()}
+        return [n for n, kinds in stored.items() if any(kinds)] + [*self.rounded]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``config.json``."""

@@ -14,6 +14,8 @@ from slimrank.checkpoint.size import read_headers, safetensors_bytes, weight_fil
 from slimrank.errors import CheckpointError
 from slimrank.report import CompressionReport, QuantizationReport, SizeReport
 
+PACKED = ("packed", "latent_scale", "expand_scale")
+
 
 class FolderContents(BaseModel):
     """A compressed folder.
@@ -61,7 +63,8 @@ def read_folder(folder: str | Path) -> FolderContents:
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file")
     ranks = {name: linear.rank for name, linear in config.linears.items()}
-    size = _size(read_headers(files), weight_file_bytes(folder), folder)
+    tensors = _unpacked(read_headers(files), config)
+    size = _size(tensors, weight_file_bytes(folder), folder)
     report = read_report(folder) if (folder / REPORT).is_file() else None
     fits = report is not None and (
         report.size.weight_bytes == size.weight_bytes
@@ -123,6 +126,34 @@ def _size(tensors: dict[str, Tensor], weight_bytes: int, folder: Path) -> SizeRe
         weight_bytes=weight_bytes,
         int8_bytes=dense_bytes - scales,
     )
+
+
+def _unpacked(tensors: dict[str, Tensor], config: LowRankConfig) -> dict[str, Tensor]:
+    """Put the factors, of the dtype of their scales, in the place of packed ones.
+
+    Raises
+    ------
+    CheckpointError
+        If what is packed is not what the configuration says.
+    """
+    tensors = dict(tensors)
+    for name, linear in config.linears.items():
+        if linear.remapped is None:
+            continue
+        keys = [f"{name}.remapped.{part}" for part in PACKED]
+        for key in keys:
+            if key not in tensors:
+                raise CheckpointError(f"the weight files lack {key}")
+        packed, scale, _ = (tensors.pop(key) for key in keys)
+        rank, sides = linear.rank, (linear.remapped.out_features, linear.remapped.in_features)
+        if packed.shape != (max(sides), rank):
+            raise CheckpointError(
+                f"{name}.remapped.packed has shape {tuple(packed.shape)}, "
+                f"config.json says {(max(sides), rank)}"
+            )
+        tensors[f"{name}.latent.weight"] = scale.new_empty(rank, sides[1])
+        tensors[f"{name}.expand.weight"] = scale.new_empty(sides[0], rank)
+    return tensors
 
 
 def _as_floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

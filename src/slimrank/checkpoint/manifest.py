@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from slimrank.checkpoint.durable import Frozen
-from slimrank.report import AllocationReport, GlobalRanksReport
+from slimrank.report import RanksReport
 
 
 class RunManifest(Frozen):
@@ -21,7 +21,7 @@ class RunManifest(Frozen):
         not be those of a run that was never cut off.
     ranks : dict of str to int or None
         Of the targeted linears; None leaves one dense.
-    allocation : AllocationReport or None
+    allocation : RanksReport or None
         None for uniform ranks.
     """
 
@@ -32,7 +32,7 @@ class RunManifest(Frozen):
     dtype: str
     versions: dict[str, str]
     ranks: dict[str, int | None]
-    allocation: AllocationReport | GlobalRanksReport | None
+    allocation: RanksReport | None
 
     def differences(self, versions: Mapping[str, str]) -> list[str]:
         """Say what is not as it was when the run was begun.

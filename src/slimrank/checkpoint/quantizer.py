@@ -26,16 +26,23 @@ from slimrank.nn import (
     Int8Factor,
     Int8Linear,
     LowRankLinear,
+    RemappedFactors,
     SplitLinear,
     attach_latent_cache,
     check_pivots,
     check_scale,
     detach_latent_cache,
     empty_int8_factors,
+    empty_remapped_factors,
     has_int8_factors,
+    packed_factors,
 )
 
-FACTOR_KEYS = (".latent.weight", ".expand.weight", ".pivots", ".latent.codes", ".expand.codes")
+FACTOR_KEYS = (
+    *(".latent.weight", ".expand.weight", ".pivots", ".latent.codes", ".expand.codes"),
+    *(".remapped.packed", ".remapped.latent_scale", ".remapped.expand_scale"),
+)
+CODES = (torch.int8, torch.int16)
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -79,6 +86,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_pivots(module.pivots, module.out_features, name)
             if isinstance(module, Int8Factor | Int8Linear) and not module.scale.is_meta:
                 check_scale(module.scale, name)
+            if isinstance(module, RemappedFactors) and not module.packed.is_meta:
+                module.check(name.removesuffix(".remapped"))
         attach(model, self.quantization_config)
         return model
 
@@ -113,8 +122,7 @@ def mark_compressed(model: Any, attentions: Mapping[str, tuple[str, str]] | None
     """
     modules = dict(model.named_modules())
     linears = {
-        name: {"rank": module.rank, "pivoted": module.pivoted}
-        | ({"bits": 8} if has_int8_factors(module) else {})
+        name: {"rank": module.rank, "pivoted": module.pivoted} | _storage(module)
         for name, module in modules.items()
         if isinstance(module, LowRankLinear)
     }
@@ -133,6 +141,16 @@ def mark_compressed(model: Any, attentions: Mapping[str, tuple[str, str]] | None
     attach(model, config)
 
 
+def _storage(layer: LowRankLinear) -> dict[str, Any]:
+    """Say what the factors of a layer are stored as, where they are not floats."""
+    packed = packed_factors(layer)
+    if packed is not None:
+        dtype = str(packed.stored).removeprefix("torch.")
+        sides = {"out_features": layer.out_features, "in_features": layer.in_features}
+        return {"remapped": {"dtype": dtype, **sides}}
+    return {"bits": 8} if has_int8_factors(layer) else {}
+
+
 def attach(model: nn.Module, config: LowRankConfig) -> None:
     """Let the model's cache hold latents where the configuration says so."""
     if config.kv_cache:
@@ -149,7 +167,8 @@ def swap_in(model: nn.Module, config: LowRankConfig) -> None:
     Raises
     ------
     CheckpointError
-        If a name is no linear of the model, or a rank is larger than the linear.
+        If a name is no linear of the model, a rank is larger than the linear, or the sides that
+        packed factors are said to have are not those of the linear.
     """
     for listed, split in config.splits.items():
         name, linear = _listed(model, listed)
@@ -174,6 +193,14 @@ def swap_in(model: nn.Module, config: LowRankConfig) -> None:
         layer = LowRankLinear.unfilled(linear, entry.rank, "meta", entry.pivoted)
         if entry.bits is not None:
             empty_int8_factors(layer)
+        if entry.remapped is not None:
+            sides = entry.remapped.out_features, entry.remapped.in_features
+            if sides != (linear.out_features, linear.in_features):
+                raise CheckpointError(
+                    f"config.json says that {listed} is {sides[0]} by {sides[1]}, "
+                    f"the model that it is {linear.out_features} by {linear.in_features}"
+                )
+            empty_remapped_factors(layer, getattr(torch, entry.remapped.dtype))
         replace_linear(model, name, layer)
     for listed in config.rounded:
         name, linear = _listed(model, listed)
@@ -230,8 +257,8 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
             raise CheckpointError(
                 f"{full} has shape {shapes[full]}, config.json says {tuple(tensor.shape)}"
             )
-        if tensor.dtype == torch.int8 and headers[full].dtype != torch.int8:
-            raise CheckpointError(f"{full} is {headers[full].dtype}, not torch.int8")
+        if tensor.dtype in CODES and headers[full].dtype != tensor.dtype:
+            raise CheckpointError(f"{full} is {headers[full].dtype}, not {tensor.dtype}")
         expected.add(full)
     factors = {k for k in shapes if k.endswith(FACTOR_KEYS)}
     if factors - expected:

@@ -19,6 +19,13 @@ def quantize_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that slimrank wrote.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
     bits: Annotated[int, typer.Option(help="Bits of a weight; only 8.")] = 8,
+    packing: Annotated[
+        str,
+        typer.Option(
+            help="How factors are stored: codes with a scale for each row ('rows'), or both in the "
+            "memory of one dense matrix, partly in 16 bits ('remapped', the q rows of AA-SVD)."
+        ),
+    ] = "rows",
     dense_linears: Annotated[
         bool,
         typer.Option(
@@ -37,7 +44,7 @@ def quantize_command(
 ) -> None:
     """Round the factors of a compressed DIR to 8 bits, as OUT; needs no calibration.
 
-    What is stored are int8 codes and one scale for each row; activations stay floats.
+    What is stored are int8 codes and their scales; activations stay floats.
     """
     ids = None
     if text:
@@ -47,6 +54,7 @@ def quantize_command(
         folder,
         out,
         bits=bits,
+        packing=packing,
         dense_linears=dense_linears,
         text=ids,
         sequence_length=sequence_length,
@@ -71,5 +79,5 @@ def print_rounding(report: QuantizationReport) -> None:
         truncation = f"{sum(known) / len(known):.3%}" if known else "-"
         rows.append((name, len(pairs), f"{sum(rounding) / len(rounding):.4%}", truncation))
     columns = ("linear", "count", "lost by rounding", "lost by the rank")
-    print_table(f"linears in {report.bits} bits", columns, rows)
+    print_table(f"linears in {report.stored_as()}", columns, rows)
     typer.echo(report.line())

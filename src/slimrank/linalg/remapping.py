@@ -30,6 +30,8 @@ class Remapped(NamedTuple):
     left_scale, right_scale : Tensor of shape (rank,)
         One for each component, of 16 bits.
     out_features, in_features : int
+    dtype : torch.dtype
+        Of the further rows; the scales may have been cast to another one.
     """
 
     packed: Int16[Tensor, "longer rank"]
@@ -37,17 +39,29 @@ class Remapped(NamedTuple):
     right_scale: Float[Tensor, " rank"]
     out_features: int
     in_features: int
+    dtype: torch.dtype
+
+    def left(self) -> Float[Tensor, "out rank"]:
+        """Unpack the first factor, in the dtype of its scales."""
+        return self._rows(0, self.left_scale, self.out_features)
+
+    def right(self) -> Float[Tensor, "rank in"]:
+        """Unpack the second factor, in the dtype of its scales."""
+        return self._rows(1, self.right_scale, self.in_features).mT
 
     def factors(self) -> Factors:
-        """Unpack, in the dtype of the scales."""
-        dtype, shorter = self.left_scale.dtype, min(self.out_features, self.in_features)
-        codes = self.packed[:shorter].contiguous().view(torch.int8)
-        codes = codes.view(shorter, -1, 2).to(dtype)
-        parts = [codes[..., 0] * self.left_scale, codes[..., 1] * self.right_scale]
-        further = self.packed[shorter:].contiguous().view(dtype)
-        longer = 0 if self.out_features > self.in_features else 1
-        parts[longer] = torch.cat([parts[longer], further])
-        return Factors(left=parts[0], right=parts[1].mT)
+        """Unpack both."""
+        return Factors(left=self.left(), right=self.right())
+
+    def further(self) -> Float[Tensor, "further rank"]:
+        """Those rows of the longer factor that have 16 bits."""
+        return self.packed[min(self.out_features, self.in_features) :].view(self.dtype)
+
+    def _rows(self, place: int, scale: Tensor, side: int) -> Tensor:
+        shorter = min(self.out_features, self.in_features)
+        pairs = self.packed[:shorter].contiguous().view(torch.int8).view(shorter, -1, 2)
+        rows = pairs[..., place].to(scale.dtype) * scale
+        return rows if side == shorter else torch.cat([rows, self.further().to(scale.dtype)])
 
 
 def remapped_bytes(out_features: int, in_features: int, rank: int) -> int:
@@ -77,7 +91,7 @@ def remap(factors: Factors, dtype: torch.dtype = torch.bfloat16) -> Remapped:
     Raises
     ------
     NumericalError
-        If an entry is not finite, or beyond the dtype.
+        If an entry is not finite, or beyond the dtype, or this has not 16 bits.
 
     Examples
     --------
@@ -86,6 +100,8 @@ def remap(factors: Factors, dtype: torch.dtype = torch.bfloat16) -> Remapped:
     >>> packed.packed.shape, packed.factors().left.flatten().tolist()
     (torch.Size([3, 1]), [127.0, 64.0, 0.5])
     """
+    if dtype.itemsize != WIDTH:
+        raise NumericalError(f"cannot pack factors: {dtype} is no type of 16 bits")
     left, right = factors.left, factors.right.mT
     shorter = min(len(left), len(right))
     first, second = (round_rows(part[:shorter].mT, dtype) for part in (left, right))
@@ -94,4 +110,4 @@ def remap(factors: Factors, dtype: torch.dtype = torch.bfloat16) -> Remapped:
     if not torch.isfinite(further).all():
         raise NumericalError(f"cannot pack factors: an entry is not finite, or beyond {dtype}")
     packed = torch.cat([pairs.view(torch.int16)[..., 0], further.contiguous().view(torch.int16)])
-    return Remapped(packed, first.scale, second.scale, len(left), len(right))
+    return Remapped(packed, first.scale, second.scale, len(left), len(right), dtype)

@@ -15,6 +15,13 @@ from slimrank.nn.latent_cache import (
     latent_bytes,
 )
 from slimrank.nn.low_rank_linear import LowRankLinear
+from slimrank.nn.remapped_factors import (
+    RemappedFactor,
+    RemappedFactors,
+    empty_remapped_factors,
+    packed_factors,
+    remap_factors,
+)
 from slimrank.nn.row_placement import check_pivots
 from slimrank.nn.split_linear import SplitLinear
 
@@ -22,6 +29,8 @@ __all__ = [
     "Int8Factor",
     "Int8Linear",
     "LowRankLinear",
+    "RemappedFactor",
+    "RemappedFactors",
     "SplitLinear",
     "attach_latent_cache",
     "cache_bytes",
@@ -29,7 +38,10 @@ __all__ = [
     "check_scale",
     "detach_latent_cache",
     "empty_int8_factors",
+    "empty_remapped_factors",
     "has_int8_factors",
     "latent_bytes",
+    "packed_factors",
+    "remap_factors",
     "round_factors",
 ]
