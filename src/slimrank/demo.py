@@ -51,7 +51,8 @@ def run_demo(
 ) -> DemoResult:
     """Fetch, compress, evaluate, generate.
 
-    Calibration and test text are different articles of English Wikipedia, packaged.
+    Both texts are packaged: calibration text is mixed, test text is prose of other articles of
+    English Wikipedia.
 
     Raises
     ------

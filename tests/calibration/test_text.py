@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pydoc_data.topics import topics
 from types import ModuleType
 
 import pytest
@@ -177,6 +178,23 @@ def test_packaged_parts_share_no_paragraph():
     assert len(calibration) > 1000
     assert len(evaluation) > 100
     assert not calibration & evaluation
+
+
+def test_every_stretch_of_the_packaged_calibration_text_is_mixed():
+    text = packaged_text("calibration")
+    assert len(text.encode()) < 1_300_000
+    for start in range(0, len(text) - 40_000, 20_000):
+        lines = text[start : start + 40_000].split("\n")
+        prose = sum(len(line) for line in lines if len(line) > 200)
+        assert 0.4 < prose / 40_000 < 0.75, start
+        assert sum(line.startswith(("def ", "    def ")) for line in lines) > 1, start
+
+
+def test_the_packaged_calibration_text_is_not_the_manual_that_benchmarks_test_on():
+    def lines(text):
+        return {line.strip() for line in text.splitlines() if len(line) > 40}
+
+    assert not lines(packaged_text("calibration")) & lines("\n".join(topics.values()))
 
 
 @pytest.mark.parametrize("part", ["calibration", "evaluation"])

@@ -15,7 +15,10 @@ HUB_ROWS = 20_000
 
 
 def packaged_text(part: Literal["calibration", "evaluation"]) -> str:
-    """English Wikipedia prose that ships with slimrank; the two parts share no article.
+    """English text that ships with slimrank; the two parts share no work.
+
+    The part to calibrate on is mixed: Wikipedia prose, Python source code, and technical text with
+    maths and tables, in pieces that take turns. The part to evaluate on is Wikipedia prose.
 
     Examples
     --------
