@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,27 @@ def read_choice_tasks(
     Raises
     ------
     TextError
-        If a file is missing, a line is no question, or fewer than 2 are left (there is no standard
-        error of one).
+        If a name is none of a file, or there twice; a file is missing, a line is no question, or
+        fewer than 2 are left (there is no standard error of one).
     """
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
+            raise TextError(f"'{name}' is no name of a task, or is named twice")
     return [_read(Path(folder) / f"{name}.jsonl", name, limit) for name in names]
+
+
+def find_choice_tasks(folder: str | Path) -> list[str]:
+    """Names of all tasks in a folder, sorted.
+
+    Raises
+    ------
+    TextError
+        If there is none.
+    """
+    names = sorted(path.stem for path in Path(folder).glob("*.jsonl"))
+    if not names:
+        raise TextError(f"no file of questions, <task>.jsonl, in {folder}")
+    return names
 
 
 def _read(path: Path, name: str, limit: int | None) -> ChoiceTask:

@@ -56,6 +56,22 @@ class ChoiceResult(BaseModel):
     data_fingerprint: str
 
 
+def mean_accuracy(results: Sequence[ChoiceResult]) -> tuple[float, float]:
+    """Mean of the accuracies of several tasks, each counting the same, and its standard error.
+
+    Examples
+    --------
+    >>> rest = dict(accuracy_norm=None, stderr_norm=None, num_questions=9, num_cut=0)
+    >>> some = dict(data_fingerprint="", **rest)
+    >>> first = ChoiceResult(task="a", accuracy=0.5, stderr=0.03, **some)
+    >>> mean_accuracy([first, ChoiceResult(task="b", accuracy=0.75, stderr=0.04, **some)])
+    (0.625, 0.025)
+    """
+    count = len(results)
+    mean = sum(result.accuracy for result in results) / count
+    return mean, math.sqrt(sum(result.stderr**2 for result in results)) / count
+
+
 def require_harness() -> None:
     """See that lm-evaluation-harness is installed, before any work.
 
@@ -102,7 +118,7 @@ def zero_shot(
         with quiet(*LOGGERS), tempfile.TemporaryDirectory(prefix="slimrank-tasks-") as folder:
             found, num_cut = _run(Path(folder), model, tokenizer, tasks, batch_size)
     except (AssertionError, KeyError, IndexError) as error:
-        line = " ".join(str(error).split())
+        line = " ".join(str(error).split()) or "an answer may be longer than the model's context"
         raise TextError(f"lm-eval cannot score these questions: {line}") from error
     finally:
         model.train(was_training)
