@@ -178,6 +178,13 @@ def test_disk_use_is_what_was_said(
         assert slimrank.plan(dense_folder, make_recipe()).profile_bytes == said
 
 
+def test_predicted_changes_are_counted(dense_folder, make_model, make_recipe, make_profile):
+    recipe = make_recipe(allocation="threshold")
+    more, less = (plan_profile(dense_folder, r) for r in (recipe, make_recipe()))
+    found = make_profile(make_model("llama"), recipe)
+    assert more - less == 8 * sum(len(changes) for changes in found.changes.values()) > 0
+
+
 def test_a_full_disk_is_told_before_any_work(make_model, make_profile, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: DiskUsage(10**9, 10**9 - 10, 10))
     monkeypatch.setattr("slimrank.profiling.pass_blocks", None)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slimrank.allocation import RankPlan
 from slimrank.calibration import (
@@ -22,7 +22,7 @@ from slimrank.calibration import (
 )
 from slimrank.environment import Clock
 from slimrank.errors import NumericalError, NumericalWarning
-from slimrank.linalg import Decomposition, Moments, effective_rank
+from slimrank.linalg import Decomposition, Moments, effective_rank, predicted_changes
 from slimrank.methods import Method
 from slimrank.model import Anatomy, InputGroup, LinearSite, replace_linear
 from slimrank.nn import LowRankLinear
@@ -133,10 +133,16 @@ class Solved:
     moments: Moments | None
     tokens: int
     seconds: float
+    changes: Tensor | None = None
 
 
 def solve(
-    model: Any, site: LinearSite, columns: int, method: Method, moments: Moments | None
+    model: Any,
+    site: LinearSite,
+    columns: int,
+    method: Method,
+    moments: Moments | None,
+    gradient: Tensor | None = None,
 ) -> Solved:
     """Decompose one linear, and keep what is worth storing of it.
 
@@ -149,6 +155,9 @@ def solve(
     method : Method
     moments : Moments or None
         With the ridge, if any.
+    gradient : Tensor of shape (out, in), optional
+        Of the loss by the weight: the changes of the loss are predicted from it then, for all
+        components (see `slimrank.linalg.predicted_changes`).
 
     Raises
     ------
@@ -174,9 +183,10 @@ def solve(
         solved = method.decompose(weight, moments)
     except NumericalError as error:
         raise type(error)(f"{site.name}: {error}") from error
+    changes = None if gradient is None else predicted_changes(solved, gradient)
     kept = solved.shortened(columns, torch.promote_types(weight.dtype, torch.float32))
     seconds = time.perf_counter() - start
-    return Solved(kept, moments, tokens, seconds)
+    return Solved(kept, moments, tokens, seconds, changes)
 
 
 def check_block(

@@ -61,7 +61,8 @@ def profile(
     model : str, Path or PreTrainedModel
         A folder, a hub id or a ``.gguf`` file; or a model, which is left as it is.
     recipe : CompressionRecipe
-        Its method, targets, calibration and dtype; the budget and allocation are not looked at.
+        Its method, targets, calibration and dtype; the budget is not looked at, and of the
+        allocation only whether it needs gradients.
     out : str or Path
         Folder to write; must not exist.
     tokenizer : PreTrainedTokenizerBase, optional
@@ -245,7 +246,9 @@ def _take_pass(
         if statistics is not None:
             known = {site.name: passed.moments[site.name] for site in passed.sites}
             passed = replace(passed, moments={n: statistics.of(n, m) for n, m in known.items()})
-        found = _profile_block(model, work, passed, recipe, clock, spectra, spectra_only)
+        found = _profile_block(
+            model, work, passed, recipe, clock, spectra, spectra_only, statistics
+        )
         bases = {
             f"{entry.name}.{part}": columns
             for entry, solved in found
@@ -278,6 +281,7 @@ def _profile_block(
     clock: Clock,
     spectra: dict[str, Tensor],
     spectra_only: bool,
+    statistics: Statistics | None,
 ) -> list[tuple[ProfiledLinear, Decomposition]]:
     """Solve the linears of a block; check its moments on tokens, at half of the largest ranks."""
     method = recipe.make_method()
@@ -288,8 +292,11 @@ def _profile_block(
         with clock.phase("solve"):
             rank = work.useful_rank(site.shape)
             moments = passed.moments[site.name].ridged(recipe.relative_ridge())
-            solved = solve(model, site, rank, method, moments)
+            gradient = statistics.pop_mean_gradient(site.name) if statistics else None
+            solved = solve(model, site, rank, method, moments, gradient)
             decomposition = solved.decomposition
+            if solved.changes is not None:
+                spectra[f"{site.name}.changes"] = solved.changes
             spectra[f"{site.name}.singular_values"] = decomposition.singular_values
             metric = method.metric(moments) if isinstance(method, KFACSVD) else None
             spectra[f"{site.name}.measured_losses"] = decomposition.measured_losses(

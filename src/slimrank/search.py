@@ -1,4 +1,4 @@
-"""Ranks from a profile: Swift-SVD's, searched on held-out text, and the global optimum."""
+"""Ranks from a profile: Swift-SVD's, by a search on held-out text; and those told at once."""
 
 import time
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from slimrank.allocation import LinearProfile, RankPlan, allocate_global, swift
+from slimrank.allocation import LinearProfile, RankPlan, allocate_global, swift, threshold
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import Profile
 from slimrank.errors import CheckpointError, NumericalWarning, TextError
@@ -18,7 +18,12 @@ from slimrank.model import replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
-from slimrank.report import AllocationReport, GlobalRanksReport, ImportanceWeightTrial
+from slimrank.report import (
+    AllocationReport,
+    GlobalRanksReport,
+    ImportanceWeightTrial,
+    ThresholdReport,
+)
 from slimrank.targets import Work
 
 IMPORTANCE_WEIGHTS = tuple(step / 10 for step in range(11))
@@ -148,6 +153,53 @@ def global_ranks(
         unit=settings.unit,
         predicted_loss=found.predicted_loss,
         marginal=found.marginal,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def threshold_ranks(
+    work: Work, recipe: CompressionRecipe, profile: Profile
+) -> tuple[RankPlan, ThresholdReport]:
+    """Ranks by Zero Sum SVD's rule, from the changes of the loss that a profile predicts.
+
+    They are of the components of the profile's method: the paper's own for 'swift-svd' and
+    'svd-llm', those in the metric for 'kfac-svd'. Every other method has the ranks of 'swift-svd'.
+
+    Parameters
+    ----------
+    work : Work
+    recipe : CompressionRecipe
+    profile : Profile
+
+    Raises
+    ------
+    BudgetError
+        If no ranks meet the budget.
+    CheckpointError
+        If the profile has no such changes.
+
+    References
+    ----------
+    ZS-SVD (arXiv 2602.02848); see `slimrank.allocation.threshold` for deviations.
+    """
+    start = time.perf_counter()
+    if any(name not in profile.changes for name in work.names):
+        raise CheckpointError(
+            f"{profile.folder} was made without the weight gradients that allocation 'threshold' "
+            "looks at; leave --profile out, or profile by a recipe with this allocation"
+        )
+    plan = threshold(
+        work.shapes,
+        profile.changes,
+        recipe.budget.budget(),
+        work.other_params,
+        fixed=work.fixed,
+    )
+    chosen = {n: r for n, r in plan.ranks.items() if r is not None and n not in work.fixed}
+    gone = [profile.changes[name][rank:] for name, rank in chosen.items()]
+    return plan, ThresholdReport(
+        predicted_change=sum(float(changes.sum()) for changes in gone),
+        rise=sum(float(changes.clamp_min(0).sum()) for changes in gone),
         seconds=time.perf_counter() - start,
     )
 

@@ -1,12 +1,13 @@
 """What is known of the original model beside second moments: gradients, magnitudes."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from slimrank.calibration import (
+    MEAN_GRADIENT,
     METRIC,
     OUTPUT_METRIC,
     ROW_WEIGHTS,
@@ -23,8 +24,9 @@ from slimrank.model import Anatomy
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
 
-MAGNITUDES = "magnitudes"
-COLLECTED = frozenset({"gradients", "weight_gradients", "magnitudes"})
+MAGNITUDES, AGAIN = "magnitudes", "again"
+OF_GRADIENTS = frozenset({"gradients", "weight_gradients", "mean_gradients"})
+COLLECTED = OF_GRADIENTS | {"magnitudes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,9 @@ class Statistics:
         Holds them, in float32, under their kind and the linear's name or the block's number.
     tokens : int
         How many they are of.
+    again : mapping of str to (str, int)
+        Of linears whose inputs were seen a second time: where the second moment of these is kept,
+        under ``("again", key)``, and of how many tokens it is.
 
     Examples
     --------
@@ -50,10 +55,21 @@ class Statistics:
 
     store: ActivationStore
     tokens: int
+    again: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def of(self, name: str, moments: Moments | None) -> Moments:
-        """A linear's moments with its statistics beside them."""
+        """A linear's moments with its statistics beside them.
+
+        A second moment that was taken again is merged with the original one, as if both were of one
+        text; not where inputs have shifted by themselves.
+        """
         moments = moments or Moments(original=None, tokens=self.tokens)
+        if name in self.again and moments.original is not None and moments.shifted is None:
+            key, tokens = self.again[name]
+            both = moments.tokens + tokens
+            again = self.store.get((AGAIN, key)).to(moments.original)
+            merged = torch.lerp(moments.original, again, tokens / max(both, 1))
+            moments = replace(moments, original=merged, tokens=both)
         metric, row_weights, magnitudes = (
             self.store.get((kind, name)) if (kind, name) in self.store else None
             for kind in (METRIC, ROW_WEIGHTS, MAGNITUDES)
@@ -63,6 +79,15 @@ class Statistics:
     def mean_square(self, name: str) -> float:
         """Mean squared gradient at a linear's outputs, per token and output."""
         return float(self.store.get((METRIC, name)).diagonal().double().mean())
+
+    def pop_mean_gradient(self, name: str) -> Tensor | None:
+        """Gradient of the mean loss by a linear's weight, which is let go of; None if not taken."""
+        key = (MEAN_GRADIENT, name)
+        if key not in self.store:
+            return None
+        found = self.store.get(key)
+        self.store.drop(key)
+        return found
 
     def output_metric(self, block: int) -> Tensor:
         """Second moment of the loss's gradient at a block's output, of shape (hidden, hidden)."""
@@ -88,7 +113,7 @@ def collect_statistics(
     anatomy : Anatomy
         Of the targeted linears.
     needs : iterable of str
-        As `slimrank.methods.Method.needs`.
+        As `slimrank.methods.Method.needs`, and 'mean_gradients' for allocation 'threshold'.
     recipe : CompressionRecipe
         Says which labels the gradients are of.
     windows : TokenWindows or None
@@ -116,7 +141,7 @@ def collect_statistics(
         with clock.phase("magnitudes"):
             for name, mean in collect_magnitudes(model, anatomy, windows, size).items():
                 store.put((MAGNITUDES, name), mean)
-    if wanted & {"gradients", "weight_gradients"}:
+    if wanted & OF_GRADIENTS:
         with clock.phase("gradients"):
             found = collect_gradients(
                 model,
@@ -126,6 +151,7 @@ def collect_statistics(
                 labels=recipe.gradients.labels,
                 generator=torch.Generator().manual_seed(recipe.calibration.seed),
                 weight_gradients="weight_gradients" in wanted,
+                mean_gradients="mean_gradients" in wanted,
                 dtype=torch.float32,
                 store=store,
                 track=lambda steps, what: options.track(steps, f"gradients, {what}"),

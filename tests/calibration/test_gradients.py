@@ -57,11 +57,12 @@ def probed(probes, key):
 
 
 def whole_backward(model, windows, anatomy, labels=None):
-    """Metrics by linear's name or block's number, and row weights, by plain autograd."""
+    """Metrics by linear's name or block's number, row weights, mean gradients; plain autograd."""
     names = [site.name for site in anatomy.sites]
     blocks = list(model.get_submodule(anatomy.path).children())
     watched = {name: model.get_submodule(name) for name in names} | dict(enumerate(blocks))
     sums, rows, tokens = dict.fromkeys(watched, 0.0), dict.fromkeys(names, 0.0), 0
+    means = {name: torch.zeros_like(model.get_submodule(name).weight) for name in names}
     for number, window in enumerate(windows.windows):
         probes = []
         with ExitStack() as stack:
@@ -81,9 +82,11 @@ def whole_backward(model, windows, anatomy, labels=None):
         for name, pulled in zip(names, found[len(probes) :], strict=True):
             if pulled is not None:
                 rows[name] = rows[name] + (pulled / len(wanted)).square().sum(1)
+                means[name] = means[name] + pulled
         tokens += len(wanted)
     metrics = {key: torch.as_tensor(total) / tokens for key, total in sums.items()}
-    return metrics, {k: torch.as_tensor(v) / len(windows.windows) for k, v in rows.items()}
+    rows = {k: torch.as_tensor(v) / len(windows.windows) for k, v in rows.items()}
+    return metrics, rows, {name: mean.detach() / tokens for name, mean in means.items()}
 
 
 def assert_close(found, wanted, bound=EXACT):
@@ -104,7 +107,7 @@ def assert_same(found, wanted, bound=EXACT):
 
 def assert_whole(model, windows, found, anatomy, labels=None, bound=EXACT):
     """Held against plain autograd."""
-    metrics, rows = whole_backward(model, windows, anatomy, labels)
+    metrics, rows, means = whole_backward(model, windows, anatomy, labels)
     names = {site.name for site in anatomy.sites}
     assert merged(found).keys() == names
     for name, metric in merged(found).items():
@@ -116,6 +119,10 @@ def assert_whole(model, windows, found, anatomy, labels=None, bound=EXACT):
     assert given.keys() in (set(), names)
     for name, weights in given.items():
         assert_close(weights, rows[name], bound)
+    given = merged(found, "mean_gradients")
+    assert given.keys() in (set(), names)
+    for name, gradient in given.items():
+        assert_close(gradient, means[name], bound)
 
 
 # against the whole model
@@ -131,19 +138,29 @@ def test_it_equals_one_backward_through_the_model(family, make_model, tiny, weig
     assert_whole(model, windows, found, anatomy, bound=10 * TOLERANCE["forward", dtype])
 
 
+def test_mean_gradients_equal_those_of_one_backward(family, make_model, tiny):
+    dtype = torch.float32 if family in tiny.FUSED else torch.float64
+    model, windows = make_model(family, dtype=dtype), drawn()
+    found = collected(model, windows, mean_gradients=True)
+    assert merged(found, "mean_gradients")
+    assert not merged(found, "row_weights")
+    bound = 10 * TOLERANCE["forward", dtype]
+    assert_whole(model, windows, found, anatomy_of(model), bound=bound)
+
+
 @pytest.mark.parametrize("weight_gradients", [False, True])
 def test_experts_that_see_some_tokens(make_experts_model, weight_gradients):
     model = make_experts_model(experts=4, top=2).double()
     windows, anatomy = drawn(), anatomy_of(model)
-    found = collected(model, windows, weight_gradients=weight_gradients)
+    found = collected(model, windows, weight_gradients=weight_gradients, mean_gradients=True)
     assert_whole(model, windows, found, anatomy)
 
 
 @pytest.mark.filterwarnings("ignore::slimrank.errors.CoverageWarning")
 def test_an_expert_without_tokens_has_no_metric(make_experts_model):
     model = make_experts_model(experts=4, top=2, closed=(1,)).double()
-    found = collected(model, drawn(), weight_gradients=True)
-    for field in ("metrics", "row_weights"):
+    found = collected(model, drawn(), weight_gradients=True, mean_gradients=True)
+    for field in ("metrics", "row_weights", "mean_gradients"):
         for name, value in merged(found, field).items():
             assert (value.norm() == 0) == (".experts.1." in name)
 
@@ -170,7 +187,7 @@ def test_a_linear_that_runs_twice_counts_both_times(make_model, tiny, weight_gra
     model.double().requires_grad_(False)  # with gradients, autograd refuses the change of an input
     windows, anatomy = drawn(), anatomy_of(model)
     assert "model.layers.0.mlp.it" in [site.name for site in anatomy.sites]
-    found = collected(model, windows, weight_gradients=weight_gradients)
+    found = collected(model, windows, weight_gradients=weight_gradients, mean_gradients=True)
     model.requires_grad_(True)
     mlp.in_place = False
     assert_whole(model, windows, found, anatomy)
@@ -236,7 +253,7 @@ def test_blocks_come_last_first_and_may_be_changed(make_model):
 
 def test_they_can_be_kept(make_model):
     model, windows = make_model("llama"), drawn((9,))
-    found = collected(model, windows, weight_gradients=True)
+    found = collected(model, windows, weight_gradients=True, mean_gradients=True)
     with ActivationStore() as store:
         keep_gradients(found, store)
         for block in found:
@@ -244,6 +261,7 @@ def test_they_can_be_kept(make_model):
             for name, metric in block.metrics.items():
                 assert torch.equal(store.get(("metric", name)), metric)
                 assert torch.equal(store.get(("row_weights", name)), block.row_weights[name])
+                assert torch.equal(store.get(("mean_gradient", name)), block.mean_gradients[name])
 
 
 # labels

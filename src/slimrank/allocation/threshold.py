@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
-from jaxtyping import Float
 from torch import Tensor
 
 from slimrank.allocation.budget import Budget, LinearShape, RankPlan, require_fixed
@@ -15,11 +14,10 @@ from slimrank.errors import NumericalError
 
 def threshold(
     shapes: Sequence[LinearShape],
-    spectra: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
     budget: Budget,
     other_params: int = 0,
     *,
-    sensitivities: Mapping[str, Tensor] | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> RankPlan:
     r"""Drop the least singular values of the whole model, those that help against those that harm.
@@ -30,12 +28,12 @@ def threshold(
     .. math:: \Delta_i = -\sigma_i g_i, \qquad
         g_i = u_i^\top \frac{\partial \ell}{\partial W} L^{-\top} v_i
 
-    to first order. Each linear offers its smallest component that is left. Of all that are
-    offered, that of the smallest absolute Δ goes next, out of those with Δ ≥ 0 while the sum of the
-    changes so far is at most 0, and out of those with Δ < 0 otherwise; out of the others where
-    there are none. So the sum stays near zero. A linear frees nothing until its rank is at
-    break-even; one that never gets there stays dense, whatever it has dropped. It ends as soon as
-    the budget is met.
+    to first order (see `slimrank.linalg.predicted_changes`). Each linear offers its smallest
+    component that is left. Of all that are offered, that of the smallest absolute Δ goes next, out
+    of those with Δ ≥ 0 while the sum of the changes so far is at most 0, and out of those with
+    Δ < 0 otherwise; out of the others where there are none. So the sum stays near zero. A linear
+    frees nothing until its rank is at break-even; one that never gets there stays dense, whatever
+    it has dropped. It ends as soon as the budget is met.
 
     A larger budget ends earlier in the same order: no rank is smaller for it. The predicted loss is
     about zero for every budget, and no measure of them.
@@ -44,15 +42,14 @@ def threshold(
     ----------
     shapes : sequence of LinearShape
         The targeted linears.
-    spectra : mapping of str to Tensor of shape (min(out, in),)
-        Whitened singular values, descending. Not looked at where the rank is fixed.
+    changes : mapping of str to Tensor of shape (min(out, in),)
+        The predicted changes Δ, in the order of the components; their unit is immaterial. Not
+        looked at where the rank is fixed. With singular values in their place the smallest goes
+        next, wherever it is: the authors' ablation 'sval_mag_het', and what a global threshold is
+        in its plain sense.
     budget : Budget
     other_params : int
         Parameters of the model outside the targets, for scope 'model'.
-    sensitivities : mapping of str to Tensor of shape (min(out, in),), optional
-        The derivatives g of the loss by the singular values; its unit is immaterial. Without them
-        the smallest singular value goes next, wherever it is: the authors' ablation
-        'sval_mag_het', and what a global threshold is in its plain sense.
     fixed : mapping of str to int, optional
         Ranks decided elsewhere, paid first and returned as they are; see `uniform`.
 
@@ -66,14 +63,16 @@ def threshold(
     BudgetError
         If the smallest ranks are over the budget. If a fixed rank is out of its bounds.
     NumericalError
-        If a singular value or a sensitivity is not finite.
+        If a change is not finite.
     ValueError
-        If there are not ``min(out, in)`` of each, or singular values do not descend.
+        If there are not ``min(out, in)`` of them.
 
     Notes
     -----
     After the authors' code (mint-vu/Zero-Sum-SVD, selection mode 'zero_sum'), in one stage:
     neither the steps of correction between its stages nor its storage of factors in 8 bits is here.
+    Their gradient is a mean of the batches' mean losses under autocast; ours of all predicted
+    tokens alike, in the model's dtype.
     Deviations. With `multiple_of` above 1 what goes is one group of components after another, with
     the sum of their changes, so that every rank is a multiple; at 1 it is one by one, as there. The
     least rank is the budget's, where theirs is a share of break-even. In the pivoted layout a step
@@ -86,13 +85,13 @@ def threshold(
 
     Examples
     --------
-    Of 128 parameters 26 must go. Without sensitivities b's values go first: a stays dense, and b
-    goes to break-even, rank 3, which frees 16, and to rank 2, which frees 16 more.
+    Of 128 parameters 26 must go. By singular values b's go first: a stays dense, and b goes to
+    break-even, rank 3, which frees 16, and to rank 2, which frees 16 more.
 
     >>> import torch
     >>> shapes = [LinearShape("a", 8, 8), LinearShape("b", 8, 8)]
-    >>> spectra = {"a": torch.linspace(9, 8, 8), "b": torch.linspace(2, 1, 8)}
-    >>> dict(threshold(shapes, spectra, Budget(0.8)).ranks)
+    >>> values = {"a": torch.linspace(9, 8, 8), "b": torch.linspace(2, 1, 8)}
+    >>> dict(threshold(shapes, values, Budget(0.8)).ranks)
     {'a': None, 'b': 2}
     """
     fixed = fixed or {}
@@ -101,11 +100,7 @@ def threshold(
     excess = RankPlan(ranks).params(shapes) - budget.target_params(shapes, other_params)
     if budget.param_ratio < 1 and excess > 0:
         free, _ = beside_smallest(shapes, budget, other_params, fixed)
-        groups = []
-        for shape in free:
-            sensitivity = None if sensitivities is None else sensitivities[shape.name]
-            changes = _changes(shape, spectra[shape.name], sensitivity)
-            groups.append(_Groups.of(shape, changes, budget))
+        groups = [_Groups.of(s, _listed(s, changes[s.name]), budget) for s in free]
         _drop(groups, excess)
         ranks |= {g.shape.name: g.rank for g in groups if g.rank <= g.shape.break_even_rank}
     plan = RankPlan(ranks)
@@ -113,21 +108,14 @@ def threshold(
     return plan
 
 
-def _changes(
-    shape: LinearShape, spectrum: Float[Tensor, " k"], sensitivity: Float[Tensor, " n"] | None
-) -> list[float]:
-    """Predicted change of the loss if a component goes; without sensitivities its size alone."""
-    name, side = shape.name, shape.full_rank
-    for what, values in (("singular values", spectrum), ("sensitivities", sensitivity)):
-        if values is not None and len(values) != side:
-            raise ValueError(f"{name}: {side} {what} are needed, not {len(values)}")
-        if values is not None and not bool(values.isfinite().all()):
-            raise NumericalError(f"{name}: its {what} are not finite; calibrate again")
-    if bool((spectrum.diff() > 0).any()):
-        raise ValueError(f"{name}: singular values must descend")
-    values = spectrum.double()
-    changes: list[float] = (values if sensitivity is None else -values * sensitivity).tolist()
-    return changes
+def _listed(shape: LinearShape, changes: Tensor) -> list[float]:
+    """Changes of one linear's components, checked."""
+    if len(changes) != shape.full_rank:
+        raise ValueError(f"{shape.name}: {shape.full_rank} changes are needed, not {len(changes)}")
+    if not bool(changes.isfinite().all()):
+        raise NumericalError(f"{shape.name}: its changes are not finite; calibrate again")
+    values: list[float] = changes.double().tolist()
+    return values
 
 
 @dataclass(slots=True)

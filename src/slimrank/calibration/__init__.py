@@ -3,6 +3,7 @@
 from slimrank.calibration.backward import loss_scale
 from slimrank.calibration.gradient_sums import BlockGradients
 from slimrank.calibration.gradients import (
+    MEAN_GRADIENT,
     METRIC,
     OUTPUT_METRIC,
     ROW_WEIGHTS,
@@ -49,6 +50,7 @@ __all__ = [
     "ARRIVED",
     "FINAL",
     "INPUT",
+    "MEAN_GRADIENT",
     "METRIC",
     "ORIGINAL",
     "OUTPUT_METRIC",

@@ -31,12 +31,15 @@ class BlockGradients:
         The same at the block's output.
     row_weights : dict of str to Tensor of shape (out,), float64
         See `collect_gradients`; empty if not asked for.
+    mean_gradients : dict of str to Tensor of shape (out, in)
+        Gradients by the weights, divided by the number of predicted tokens; empty if not asked for.
     """
 
     index: int
     metrics: dict[str, Tensor]
     output_metric: Float[Tensor, "hidden hidden"]
     row_weights: dict[str, Tensor]
+    mean_gradients: dict[str, Tensor]
 
 
 class BlockGradientSums:
@@ -51,25 +54,40 @@ class BlockGradientSums:
         Of the block.
     weight_gradients : bool
         Sum row weights too. Windows must then come one at a time.
+    mean_gradients : bool
+        Sum the gradients by the weights too.
     """
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, index: int, weight_gradients: bool
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        index: int,
+        weight_gradients: bool,
+        mean_gradients: bool = False,
     ) -> None:
         self.index, self.path = index, f"{anatomy.path}.{index}"
-        self.weight_gradients = weight_gradients
+        self.needs_inputs = weight_gradients or mean_gradients
         self.device = next(model.get_submodule(self.path).parameters()).device
-        widths = {
-            site.name.removeprefix(f"{self.path}."): site.shape.out_features
+        shapes = {
+            site.name.removeprefix(f"{self.path}."): site.shape
             for group in anatomy.groups[index]
             for site in group.sites
         }
+        widths = {name: shape.out_features for name, shape in shapes.items()}
         self._metrics = {name: MomentAccumulator(n, self.device) for name, n in widths.items()}
         self._output: MomentAccumulator | None = None
         self._rows = {
             name: torch.zeros(n, dtype=torch.float64, device=self.device)
             for name, n in widths.items()
             if weight_gradients
+        }
+        self._gradients = {
+            name: torch.zeros(
+                s.out_features, s.in_features, dtype=torch.float64, device=self.device
+            )
+            for name, s in shapes.items()
+            if mean_gradients
         }
         self._windows = 0
 
@@ -104,11 +122,15 @@ class BlockGradientSums:
         ):  # the nearest to a NaN's cause first
             for gradient in gradients:
                 _add(self._metrics[name], gradient, f"{self.path}.{name}")
-            if self.weight_gradients and gradients:
-                pairs = zip(gradients, pulled.inputs[name], strict=True)
-                weight_gradient = sum(_rows_of(g).mT @ _rows_of(x).to(g) for g, x in pairs)
-                norms = torch.linalg.vector_norm(torch.as_tensor(weight_gradient), dim=1)
+            if not (self.needs_inputs and gradients):
+                continue
+            pairs = zip(gradients, pulled.inputs[name], strict=True)
+            summed = torch.as_tensor(sum(_rows_of(g).mT @ _rows_of(x).to(g) for g, x in pairs))
+            if self._rows:
+                norms = torch.linalg.vector_norm(summed, dim=1)
                 self._rows[name] += (norms.double() / predicted).square()
+            if self._gradients:
+                self._gradients[name] += summed
 
     def result(self, predicted: int, dtype: torch.dtype) -> BlockGradients:
         """Means over all predicted tokens, and over all windows; to be called once."""
@@ -122,6 +144,10 @@ class BlockGradientSums:
             output_metric=_mean(self._output, predicted).to(dtype),
             row_weights={
                 f"{self.path}.{name}": rows / self._windows for name, rows in self._rows.items()
+            },
+            mean_gradients={
+                f"{self.path}.{name}": self._gradients.pop(name).div_(predicted).to(dtype)
+                for name in list(self._gradients)
             },
         )
 

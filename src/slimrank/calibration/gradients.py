@@ -23,6 +23,7 @@ from slimrank.model import Anatomy
 from slimrank.options import Track
 
 GRADIENT, METRIC, OUTPUT_METRIC, ROW_WEIGHTS = "gradient", "metric", "output_metric", "row_weights"
+MEAN_GRADIENT = "mean_gradient"
 
 
 def collect_gradients(
@@ -35,6 +36,7 @@ def collect_gradients(
     labels: Literal["data", "model"] = "data",
     generator: torch.Generator | None = None,
     weight_gradients: bool = False,
+    mean_gradients: bool = False,
     dtype: torch.dtype = torch.float64,
     track: Track = lambda steps, _what: steps,
 ) -> Iterator[BlockGradients]:
@@ -70,8 +72,11 @@ def collect_gradients(
         Give row weights too (FWSVD's empirical Fisher): with ``ℓ`` the mean loss of one window's
         tokens, the mean over windows of ``Σ_j (∂ℓ/∂W_ij)²`` for row i. The paper's sample is a
         labelled sentence; a window takes its place here.
+    mean_gradients : bool
+        Give the gradient by each weight too, of the mean loss of all predicted tokens.
     dtype : torch.dtype
-        Of the metrics. Products are in float32, sums in float64 (see `MomentAccumulator`).
+        Of the metrics and mean gradients. Products are in float32, sums in float64 (see
+        `MomentAccumulator`).
     track : callable
         Wraps the loops over blocks, forwards and backwards, to show progress.
 
@@ -116,7 +121,7 @@ def collect_gradients(
         store.put((GRADIENT, number), gradient)
     store.drop_kind(_entering(len(blocks)))
     for index in track(range(len(blocks) - 1, -1, -1), "backwards"):
-        sums = BlockGradientSums(model, anatomy, index, weight_gradients)
+        sums = BlockGradientSums(model, anatomy, index, weight_gradients, mean_gradients)
         _step_back(blocks[index], index, sums, streams)
         store.drop_kind(_entering(index))
         yield sums.result(chosen.count, dtype)
@@ -130,8 +135,9 @@ def keep_gradients(found: Iterable[BlockGradients], store: ActivationStore) -> N
     ----------
     found : iterable of BlockGradients
     store : ActivationStore
-        Gets ``("metric", name)`` and, if there are any, ``("row_weights", name)`` for each linear,
-        and ``("output_metric", index)`` for each block.
+        Gets ``("metric", name)`` and, if there are any, ``("row_weights", name)`` and
+        ``("mean_gradient", name)`` for each linear, and ``("output_metric", index)`` for each
+        block.
     """
     for block in found:
         store.put((OUTPUT_METRIC, block.index), block.output_metric)
@@ -139,6 +145,8 @@ def keep_gradients(found: Iterable[BlockGradients], store: ActivationStore) -> N
             store.put((METRIC, name), metric)
         for name, weights in block.row_weights.items():
             store.put((ROW_WEIGHTS, name), weights)
+        for name, gradient in block.mean_gradients.items():
+            store.put((MEAN_GRADIENT, name), gradient)
 
 
 def _entering(index: int) -> str:
@@ -167,7 +175,7 @@ def _step_back(block: nn.Module, index: int, sums: BlockGradientSums, streams: S
             stacked(streams.store, (_entering(index),), numbers),
             streams.call(index, numbers),
             gradient,
-            with_inputs=sums.weight_gradients,
+            with_inputs=sums.needs_inputs,
         )
         sums.add(pulled, gradient.shape[1] - 1)
         for number, entering in zip(numbers, pulled.entering, strict=True):

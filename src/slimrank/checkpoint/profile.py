@@ -129,12 +129,17 @@ class Profile:
     manifest : ProfileManifest
     spectra, measured : dict of str to Tensor
         By linear: all singular values; and the loss at each stored rank, taken from the moment.
+    changes : dict of str to Tensor
+        By linear: what each component is predicted to change the loss by if it goes, in nats a
+        token (see `slimrank.linalg.predicted_changes`); empty unless made for allocation
+        'threshold'.
     """
 
     folder: Path
     manifest: ProfileManifest
     spectra: dict[str, Tensor]
     measured: dict[str, Tensor]
+    changes: dict[str, Tensor] = field(default_factory=dict)
     _open: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -291,7 +296,9 @@ def read_profile(folder: str | Path) -> Profile:
         {x.name: _named(tensors, f"{x.name}.{what}", folder) for x in manifest.linears}
         for what in ("singular_values", "measured_losses")
     )
-    return Profile(folder, manifest, spectra, measured)
+    names = (x.name for x in manifest.linears)
+    changes = {n: tensors[f"{n}.changes"] for n in names if f"{n}.changes" in tensors}
+    return Profile(folder, manifest, spectra, measured, changes)
 
 
 def require_space(folder: Path, size: int) -> None:

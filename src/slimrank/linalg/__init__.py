@@ -2,6 +2,7 @@
 
 from slimrank.linalg.anchored import anchored_loss, anchored_target, decompose_anchored
 from slimrank.linalg.drift import DriftAccumulator
+from slimrank.linalg.first_order import predicted_changes
 from slimrank.linalg.lowrank import (
     Decomposition,
     Factors,
@@ -14,7 +15,13 @@ from slimrank.linalg.moments import MomentAccumulator, Moments
 from slimrank.linalg.pivot import PivotedFactors, other_rows, pivot_rows
 from slimrank.linalg.psd import cholesky_with_jitter, divide, symmetric_root, symmetrize
 from slimrank.linalg.remapping import Remapped, remap, remapped_bytes
-from slimrank.linalg.rounding import RoundedRows, even_columns, round_rows, rounding_loss
+from slimrank.linalg.rounding import (
+    RoundedRows,
+    even_columns,
+    principal_components,
+    round_rows,
+    rounding_loss,
+)
 from slimrank.linalg.signs import fix_signs
 from slimrank.linalg.spectrum import (
     effective_rank,
@@ -48,6 +55,8 @@ __all__ = [
     "other_rows",
     "output_loss",
     "pivot_rows",
+    "predicted_changes",
+    "principal_components",
     "rank_for_energy",
     "remap",
     "remapped_bytes",
