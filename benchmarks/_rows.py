@@ -29,7 +29,8 @@ BASE = {"keep": 0.8, "seed": 0, "sequences": 32, "length": 512, "refine": "off",
 
 
 def is_refined(row: dict[str, Any]) -> bool:
-    return bool(row.get("refine", "off") != "off")
+    """Whether anything is trained."""
+    return bool(row.get("refine", "off") != "off" or row.get("tune") is not None)
 
 
 Suites = Mapping[str, Callable[[float | None], list[dict[str, Any]]]]
@@ -83,7 +84,7 @@ def main(suites: Suites, description: str | None) -> None:
     seen = [plainly(row["wanted"]) for row in known]
     wanted = list(enumerate([*suites[options.suite](options.ridge), None]))
     for number, row in reversed(wanted) if options.backwards else wanted:
-        is_heavy = row is not None and is_refined(row)
+        is_heavy = row is not None and (is_refined(row) or row.get("passes") == 2)
         if known and (row is None or plainly({**BASE, **row}) in seen):
             continue
         late = time.perf_counter() - start > options.seconds
@@ -101,8 +102,14 @@ def plainly(wanted: Any) -> Any:
     """A row without the settings that are left to their defaults."""
     if not isinstance(wanted, dict):
         return wanted
-    given = {k: v for k, v in wanted.items() if v is not None and v not in ("fixed", "uniform")}
-    sequential = wanted["method"] in ("aa-svd", "shift-aware") or is_refined(wanted)
+    usual = {"damping": 1e-2, "passes": 1, "global_ranks": {"unit": "kfac"}}
+    given = {
+        k: v
+        for k, v in {**BASE, **wanted}.items()
+        if v is not None and v not in ("fixed", "uniform") and usual.get(k) != v
+    }
+    shifts = wanted["method"] in ("aa-svd", "shift-aware", "kfac-aa-svd")
+    sequential = shifts or wanted.get("refine", "off") != "off"
     return {"order": "sequential", **given} if sequential else given
 
 
@@ -128,7 +135,8 @@ def measure(
         given = dict(wanted)
         keep, seed = given.pop("keep"), given.pop("seed")
         count, length = given.pop("sequences"), given.pop("length")
-        # Held-out sequences come last, so the calibration ones are the same with more of them.
+        # Held-out sequences come last, so the calibration ones are the same without them: a run
+        # that has nothing to choose by would calibrate on them too.
         generator = torch.Generator().manual_seed(seed)
         windows = draw_windows(ids["calibration"], count + 8, length, generator)
         recipe = CompressionRecipe.from_dict(
@@ -138,6 +146,8 @@ def measure(
                 **given,
             }
         )
+        if not holds_out(recipe):
+            windows = TokenWindows(windows.windows[:count])
         start = time.perf_counter()
         how = CompressionOptions(batch_size=options.batch_size)
         report = compress(model, recipe, windows=windows, options=how)
@@ -149,6 +159,7 @@ def measure(
             "target_params_before": report.size.target_params_before,
             "tokens": report.tokens,
             "blocks": [block.model_dump() for block in report.blocks],
+            "tuning": report.tuning.model_dump() if report.tuning else None,
             "allocation": report.allocation.model_dump() if report.allocation else None,
             "ranks": {x.name: x.rank for x in report.linears},
             "warnings": report.warnings,
@@ -174,6 +185,11 @@ def merge(files: list[str], out: str) -> None:
         rows += [{**where, **gist(row)} for row in record["results"]]
     whole = {**records[0], "results": rows}
     Path(out).write_text(json.dumps(whole, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def holds_out(recipe: CompressionRecipe) -> bool:
+    chooses = recipe.allocation != "uniform" or recipe.tune is not None or recipe.passes == 2
+    return chooses or recipe.is_sequential
 
 
 def gist(row: dict[str, Any]) -> dict[str, Any]:

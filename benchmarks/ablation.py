@@ -8,12 +8,14 @@ A suite is a list of rows (see `_rows`); texts are those of `objectives.py`.
 from typing import Any
 
 import _rows
-import objectives
-from _rows import is_refined
+from _rows import plainly
 
 SAME = {"sequences": 48}
 BEST = {**SAME, "method": "kfac-svd", "allocation": "global", "layout": "auto"}
+TWICE = {**BEST, "passes": 2}
 PUBLISHED = {**SAME, "method": "swift-svd", "refine": {"preset": "paper", "epochs": 10}}
+KEEP = (0.8, 0.6, 0.4)
+TUNE: dict[str, Any] = {"tune": {}}
 
 
 def unit(name: str) -> dict[str, Any]:
@@ -21,93 +23,92 @@ def unit(name: str) -> dict[str, Any]:
 
 
 def search(_: float | None) -> list[dict[str, Any]]:
-    """Damping, ridge and labels; chosen by text that no run has seen."""
-    rows: list[dict[str, Any]] = [{**BEST, "damping": size} for size in (1e-3, 1e-2, 1e-1, 1e-4)]
+    """Damping, ridge, labels and the rate of tuning; chosen by text that no run has seen."""
+    rows: list[dict[str, Any]] = [{**BEST, "damping": size} for size in (1e-3, 1e-1, 1e-4)]
     rows += [{**BEST, "ridge": size} for size in (0.01, 0.1)]
-    rows += [{**BEST, "gradients": {"labels": "model"}}, {**BEST, "damping": 1e-2, "ridge": 0.01}]
-    rows += [{**BEST, "keep": 0.6, "damping": size} for size in (1e-3, 1e-2, 1e-1)]
+    rows += [{**BEST, "gradients": {"labels": "model"}}]
+    rows += [{**BEST, "keep": 0.6, "damping": size} for size in (1e-3, 1e-1)]
     rows += [{**BEST, "keep": 0.6, "ridge": size} for size in (0.01,)]
+    rates = [{"learning_rate": rate} for rate in (1e-4, 2e-4)]
+    return rows + [{**TWICE, "keep": 0.6, "tune": how} for how in rates]
+
+
+def headline(_: float | None) -> list[dict[str, Any]]:
+    """The default, what a second pass and training add, the published recipe, and uniform ranks."""
+    rows: list[dict[str, Any]] = []
+    for keep in (0.6, 0.8, 0.4):
+        rows += [{**row, "keep": keep} for row in ({**TWICE, **TUNE}, TWICE, UNIFORM)]
+    rows += [{**TWICE, "keep": 0.6, "refine": "fast", **TUNE}]
+    rows += [{**TWICE, "keep": 0.6, "refine": "fast"}]
+    rows += [{**BEST, "keep": 0.4}, {**PUBLISHED, "keep": 0.4}]
+    rows += [{**TWICE, "keep": 0.6, "method": "kfac-aa-svd"}, {**BEST, "keep": 0.6, **TUNE}]
+    for keep in KEEP:
+        rows += [{**BEST, "keep": keep}, {**PUBLISHED, "keep": keep}]
+        rows += [{**TWICE, "keep": keep, "refine": "fast", **TUNE}]
+        rows += [{**TWICE, "keep": keep, "refine": "fast"}]
     return rows
 
 
 def parts(_: float | None) -> list[dict[str, Any]]:
-    """Each ingredient alone, and each left out, without refinement."""
+    """Each ingredient alone, and each left out, without training."""
     rows: list[dict[str, Any]] = []
-    for keep in (0.8, 0.6):
-        for method in ("swift-svd", "kfac-svd"):
-            for layout in ("plain", "auto"):
+    for keep in (0.6, 0.8):
+        for layout in ("plain", "auto"):
+            for method in ("swift-svd", "kfac-svd"):
                 same = {**SAME, "keep": keep, "method": method, "layout": layout}
-                rows += [same, {**same, **unit("kfac")}]
+                rows += [same, {**same, "allocation": "global"}]
         plain = {**SAME, "keep": keep, "method": "swift-svd"}
         rows += [{**plain, **unit("relative")}, {**plain, **unit("gradient")}]
         rows += [{**BEST, "keep": keep, "global_ranks": {"may_stay_dense": False}}]
-        rows += [{**BEST, "keep": keep, "order": "sequential"}]
-    rows += [{**BEST, "keep": 0.4}, {**SAME, "method": "swift-svd", "keep": 0.4}]
+        rows += [{**plain, "passes": 2}]
     return rows
 
 
-def refined(_: float | None) -> list[dict[str, Any]]:
-    """Losses of a refinement, from the best start, and the published recipe."""
-    rows: list[dict[str, Any]] = []
-    for keep in (0.8, 0.6, 0.4):
-        rows += [{**PUBLISHED, "keep": keep}]
-        rows += [{**BEST, "keep": keep, "refine": {"preset": "fast", "loss": "gradient"}}]
-        rows += [{**BEST, "keep": keep, "refine": "fast"}]
-    rows += [{**BEST, "refine": {"preset": "fast", "loss": "kl", "epochs": 2}}]
-    return rows
+def losses(_: float | None) -> list[dict[str, Any]]:
+    """What a block is trained by, from the default."""
+    ways = ({}, {"loss": "gradient"}, {"loss": "kl", "epochs": 2})
+    return [
+        {**BEST, "keep": keep, "refine": {"preset": "fast", **how} if how else "fast"}
+        for keep in (0.6, 0.8)
+        for how in ways
+    ]
 
 
 def steady(_: float | None) -> list[dict[str, Any]]:
     """Seeds and tokens."""
     rows: list[dict[str, Any]] = []
-    for keep in (0.8, 0.6):
-        for method in ({"method": "swift-svd"}, BEST):
-            rows += [{**method, **SAME, "keep": keep, "seed": seed} for seed in (1, 2)]
-            rows += [{**method, "keep": keep, "sequences": 192}]
+    for keep in (0.6, 0.8):
+        for row in (UNIFORM, BEST, TWICE):
+            rows += [{**row, "keep": keep, "seed": seed} for seed in (1, 2)]
+            rows += [{**row, "keep": keep, "sequences": 192}]
+        rows += [{**PUBLISHED, "keep": keep, "seed": seed} for seed in (1, 2)]
+        rows += [{**TWICE, **TUNE, "keep": keep, "seed": seed} for seed in (1, 2)]
     return rows
 
 
+UNIFORM = {**SAME, "method": "swift-svd"}
 ANCHORED = {**BEST, "method": "kfac-aa-svd"}
 
 
-def second(_: float | None) -> list[dict[str, Any]]:
-    """What the first suites left open, in order of worth."""
-    gradient, best = {"preset": "fast", "loss": "gradient"}, {**BEST, "damping": 1e-2}
-    anchored = {**ANCHORED, "damping": 1e-2}
-    rows: list[dict[str, Any]] = [
-        {**best, "keep": 0.6, "refine": gradient},
-        {**best, "refine": gradient},
-        {**anchored, "keep": 0.6},
-        {**best, "keep": 0.6, "refine": "fast"},
-        {**PUBLISHED, "keep": 0.6},
-        {**PUBLISHED},
-        {**anchored},
-        {**anchored, "keep": 0.6, "refine": gradient},
-        {**best, "refine": "fast"},
-        {**best, "keep": 0.4, "refine": gradient},
-        {**PUBLISHED, "keep": 0.4},
-        {**best, "keep": 0.4},
-    ]
-    old = [row for row in objectives.ranks(0.1) if is_refined(row) and row["allocation"] != ""]
-    rows += [row for row in old if {row["allocation"], row["within_block"]} != {"uniform", "fixed"}]
-    rows += [{**best, "keep": keep, "seed": seed} for keep in (0.8, 0.6) for seed in (1, 2)]
-    rows += [row for row in objectives.anchor(0.1) if is_refined(row)]
-    rows += [row for row in parts(None) if row["keep"] == 0.6]
-    plain = {**SAME, "method": "swift-svd"}
-    rows += [{**plain, "keep": keep, "seed": seed} for keep in (0.8, 0.6) for seed in (1, 2)]
-    light = [row for row in objectives.ranks(0.1) if not is_refined(row)]
-    return [*rows, {**plain, "keep": 0.4}, *light]
-
-
-def everything(ridge: float | None) -> list[dict[str, Any]]:
+def peers(_: float | None) -> list[dict[str, Any]]:
+    """Every other method at the same tokens, as its paper has it: uniform ranks, plain layout."""
+    names = ("svd", "fwsvd", "asvd", "svd-llm", "shift-aware", "aa-svd")
     rows: list[dict[str, Any]] = []
-    for row in (row for suite in (search, parts, refined, steady) for row in suite(ridge)):
-        if row not in rows:
-            rows.append(row)
+    for keep in (0.8, 0.6):
+        rows += [{**SAME, "keep": keep, "method": name} for name in names]
+        rows += [{**UNIFORM, "keep": keep, "allocation": "threshold"}, {**ANCHORED, "keep": keep}]
     return rows
 
 
-SUITES = {f.__name__: f for f in (search, parts, refined, steady, second, everything)}
+def everything(ridge: float | None) -> list[dict[str, Any]]:
+    """All of them, in order of worth; a process on a CPU begins at the end."""
+    rows: list[dict[str, Any]] = []
+    for suite in (headline, search, steady, losses, parts, peers):
+        rows += [row for row in suite(ridge) if plainly(row) not in map(plainly, rows)]
+    return rows
+
+
+SUITES = {f.__name__: f for f in (headline, search, parts, losses, steady, peers, everything)}
 
 if __name__ == "__main__":
     _rows.main(SUITES, __doc__)

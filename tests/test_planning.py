@@ -116,6 +116,15 @@ def test_two_streams_need_more_memory(make_skeleton, make_recipe):
     assert both["moments"] == 2 * two["moments"]
 
 
+def test_weight_gradients_need_as_much_as_the_linears(make_skeleton, make_recipe):
+    skeleton = make_skeleton("llama")
+    plan = slimrank.plan(skeleton, make_recipe(allocation="threshold"))
+    metrics = 2 * 4 * (2 * 32**2 + 2 * 16**2 + 2 * 48**2 + 32**2)
+    entering = 3 * 8 * 32 * 32 * 4
+    linears = 4 * plan.size.target_params_before
+    assert plan.memory_bytes["gradients"] == metrics + entering + linears
+
+
 def test_keeping_all_needs_no_solve(make_skeleton, make_recipe):
     plan = slimrank.plan(make_skeleton("llama"), make_recipe(keep=1.0))
     assert plan.memory_bytes["solve"] == 0
@@ -192,7 +201,10 @@ def test_a_config_without_a_dtype(make_folder, make_recipe, tmp_path):
     assert plan.size == report.size
 
 
-def test_a_plan_of_dynamic_ranks_says_that_it_cannot_know_them(make_skeleton, make_recipe):
-    dynamic = slimrank.plan(make_skeleton("llama"), make_recipe(allocation="swift"))
+@pytest.mark.parametrize("allocation", ["swift", "global", "threshold"])
+def test_a_plan_of_dynamic_ranks_says_that_it_cannot_know_them(
+    make_skeleton, make_recipe, allocation
+):
+    dynamic = slimrank.plan(make_skeleton("llama"), make_recipe(allocation=allocation))
     assert any("uniform ones" in message for message in dynamic.warnings)
     assert dynamic.size == slimrank.plan(make_skeleton("llama"), make_recipe()).size

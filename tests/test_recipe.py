@@ -17,6 +17,7 @@ FULL = {
     "layout": "pivoted",
     "global_ranks": {"unit": "kfac", "may_stay_dense": True},
     "gradients": {"labels": "model"},
+    "passes": 2,
     "within_block": "greedy",
     "order": "sequential",
     "ridge": 0.1,
@@ -39,6 +40,19 @@ FULL = {
         "patience": 4,
         "trains": ["factors", "norms"],
         "seed": 9,
+    },
+    "tune": {
+        "epochs": 5,
+        "learning_rate": 0.001,
+        "warmup": 0.2,
+        "final_learning_rate": 0.3,
+        "weight_decay": 0.0,
+        "clip_norm": None,
+        "batch_sequences": 6,
+        "shuffle": False,
+        "patience": None,
+        "trains": ["norms"],
+        "seed": 3,
     },
     "kv_cache": {"keep": 0.5},
     "calibration": {
@@ -88,6 +102,7 @@ def test_defaults_are_the_documented_ones():
     assert recipe.kv_cache is None
     assert (recipe.order, recipe.within_block) == (None, "fixed")
     assert (recipe.ridge, recipe.anchor) == (None, 1.0)
+    assert (recipe.passes, recipe.tune) == (1, None)
     assert recipe.refine.preset == "off"
     assert not recipe.refines
     assert not recipe.is_sequential
@@ -115,12 +130,63 @@ def test_an_effort_settles_what_is_not_given(given, method, allocation, loss):
     assert CompressionRecipe.from_yaml(recipe.to_yaml()) == recipe
 
 
+def test_best_passes_twice_and_tunes():
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, "effort": "best"})
+    assert (recipe.passes, recipe.tune.epochs) == (2, 8)
+    first = recipe.first_pass()
+    assert (first.method, first.allocation, first.passes) == ("kfac-svd", "global", 1)
+    assert not first.refines
+    assert first.tune is None
+    assert not first.is_sequential
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ({"method": "kfac-aa-svd", "ridge": 0.3}, "kfac-svd"),
+        ({"method": "aa-svd", "allocation": "swift", "anchor": 0.5}, "swift-svd"),
+    ],
+)
+def test_a_first_pass_looks_at_nothing_that_shifts(given, method):
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, "passes": 2, **given})
+    first = recipe.first_pass()
+    assert (first.method, first.ridge, first.anchor) == (method, None, 1.0)
+    assert not first.is_sequential
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"method": "svd"}, "svd with uniform ranks takes nothing of the second"),
+        ({"method": "shift-aware"}, "shift-aware with uniform ranks takes nothing of the second"),
+        ({"method": "swift-svd", "allocation": "threshold"}, "'threshold' predicts changes of the"),
+    ],
+)
+def test_a_second_pass_that_nothing_looks_at_is_refused(given, fault):
+    with pytest.raises(RecipeError, match=fault):
+        CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, "passes": 2, **given})
+
+
+def test_tuning_is_a_training_by_predictions():
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, "tune": {"epochs": 5}})
+    settings = recipe.tune.refinement()
+    assert (settings.loss, settings.epochs, settings.learning_rate) == ("kl", 5, 5e-5)
+    assert settings.patience == recipe.tune.patience
+    assert not recipe.is_sequential
+
+
 @pytest.mark.parametrize(
     ("given", "needs", "of_profile"),
     [
         ({"method": "swift-svd"}, {"original"}, "swift-svd"),
         ({"allocation": "global"}, {"original", "gradients"}, "kfac-svd"),
         ({"allocation": "global", "global_ranks": {"unit": "relative"}}, {"original"}, "swift-svd"),
+        ({"allocation": "threshold"}, {"original", "mean_gradients"}, "swift-svd"),
+        (
+            {"allocation": "threshold", "method": "kfac-svd"},
+            {"original", "gradients", "mean_gradients"},
+            "kfac-svd",
+        ),
         ({"method": "asvd"}, {"magnitudes"}, "swift-svd"),
         (
             {"method": "swift-svd", "refine": {"preset": "fast", "loss": "gradient"}},

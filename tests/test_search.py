@@ -232,7 +232,7 @@ def test_no_held_out_text(make_model, make_recipe, make_profile, make_windows):
 def test_no_held_out_text_is_told_before_any_work(
     make_model, make_recipe, make_windows, monkeypatch, held_out
 ):
-    monkeypatch.setattr("slimrank.compression.write_profile", never)
+    monkeypatch.setattr("slimrank.making.write_profile", never)
     recipe = make_recipe(allocation="swift", calibration={"held_out_sequences": held_out})
     windows = make_windows(1 if held_out else 8, 96)
     with pytest.raises(TextError, match="the calibration text holds no held-out text"):

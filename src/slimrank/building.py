@@ -19,8 +19,8 @@ from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CalibrationRecipe, CompressionRecipe
-from slimrank.report import AllocationReport, BlockReport, GlobalRanksReport, LinearReport
-from slimrank.search import dynamic_ranks, global_ranks
+from slimrank.report import BlockReport, LinearReport, RanksReport, RefinementReport
+from slimrank.search import dynamic_ranks, global_ranks, threshold_ranks
 from slimrank.targets import Work
 
 
@@ -36,11 +36,13 @@ class Made:
     tokens : int
     probe : Tensor of shape (length,) or None
         Token ids to compare logits on.
-    allocation : AllocationReport or None
+    allocation : RanksReport or None
     blocks : tuple of BlockReport
         Of a sequential run.
     state : RunState or None
         What is kept of the run until its folder is written.
+    tuning : RefinementReport or None
+        Of all blocks together.
     """
 
     ranks: RankPlan
@@ -48,9 +50,10 @@ class Made:
     calibration_fingerprint: str
     tokens: int
     probe: Tensor | None
-    allocation: AllocationReport | GlobalRanksReport | None = None
+    allocation: RanksReport | None = None
     blocks: tuple[BlockReport, ...] = ()
     state: RunState | None = None
+    tuning: RefinementReport | None = None
 
 
 def hold_against(
@@ -129,7 +132,7 @@ def choose_ranks(
     profile: Profile | None,
     options: CompressionOptions,
     clock: Clock,
-) -> tuple[RankPlan, AllocationReport | GlobalRanksReport | None]:
+) -> tuple[RankPlan, RanksReport | None]:
     """Share the budget out as the recipe says; a profile is needed unless evenly.
 
     Raises
@@ -137,7 +140,7 @@ def choose_ranks(
     BudgetError
         If no ranks meet the budget.
     CheckpointError
-        If the profile is damaged.
+        If the profile is damaged, or was made without gradients that the ranks are told from.
     """
     if recipe.allocation == "uniform":
         return work.uniform(recipe), None
@@ -145,6 +148,8 @@ def choose_ranks(
     with clock.phase("allocate"):
         if recipe.allocation == "global":
             return global_ranks(work, recipe, profile)
+        if recipe.allocation == "threshold":
+            return threshold_ranks(work, recipe, profile)
         return dynamic_ranks(model, work, recipe, profile, options)
 
 

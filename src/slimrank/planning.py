@@ -26,6 +26,10 @@ DYNAMIC = {
         "the ranks shown are uniform ones; allocation 'global' shares the same budget out by what "
         "each linear loses, which is known after calibration"
     ],
+    "threshold": [
+        "the ranks shown are uniform ones; allocation 'threshold' drops components anywhere until "
+        "the same budget is met, in an order that is known after calibration"
+    ],
 }
 
 
@@ -131,7 +135,8 @@ def profile_bytes(
         rank = 0 if spectra_only else work.useful_rank(shape)
         width = max(4, model.get_submodule(shape.name).weight.element_size())  # type: ignore[operator]
         total += bases * width * shape.out_features * rank
-        total += 8 * (min(shape.out_features, shape.in_features) + rank + 1)
+        per_component = 16 if "mean_gradients" in recipe.needs else 8
+        total += per_component * shape.full_rank + 8 * (rank + 1)
     return total
 
 
@@ -155,6 +160,11 @@ def calibration_memory(
             for s in shapes
         )
     needs = recipe.make_method().needs
+    if recipe.passes == 2:
+        result["model"] += weights  # of the first pass
+    if recipe.tune is not None:
+        kept = sum(s.shape.params(ranks.ranks[s.name]) for s in anatomy.sites)
+        result["tuning"] = 16 * kept  # masters, gradients and two moments, all float32
     if needs or recipe.is_sequential:
         sample = recipe.calibration
         hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
@@ -182,9 +192,11 @@ def calibration_memory(
             + 4 * max((g.in_features for g in b), default=0)
             for b in anatomy.groups
         )
-    if "gradients" in recipe.needs:
-        # Metrics in float32, and the hidden states in front of every block.
+    if recipe.needs & {"gradients", "mean_gradients"}:
+        # Metrics and mean gradients in float32, and the hidden states in front of every block.
         metrics = sum(4 * site.shape.out_features**2 for site in anatomy.sites)
+        if "mean_gradients" in recipe.needs:
+            metrics += sum(4 * site.shape.dense_params for site in anatomy.sites)
         tokens = recipe.calibration.num_sequences * recipe.calibration.sequence_length
         hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
         result["gradients"] = metrics + (len(anatomy.groups) + 1) * tokens * hidden * width

@@ -113,7 +113,9 @@ EFFORTS: Mapping[Any, Mapping[str, Any]] = MappingProxyType(
         "best": {
             "method": "kfac-svd",
             "allocation": "global",
+            "passes": 2,
             "refine": "fast",
+            "tune": {"epochs": 8},
         },
     }
 )
@@ -201,6 +203,32 @@ class RefineRecipe(_Frozen):
         return self
 
 
+class TuneRecipe(_Frozen):
+    """Training of all blocks together, towards the original model's predictions.
+
+    The rate is a tenth of what one block bears: all blocks move at once. Epochs end early where
+    held-out sequences say so.
+    """
+
+    epochs: int = Field(default=16, ge=1, description="Passes over the calibration sequences.")
+    learning_rate: float = Field(default=5e-5, gt=0, description="Of AdamW, at its peak.")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="As for `RefineRecipe`.")
+    final_learning_rate: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    batch_sequences: int = Field(default=4, ge=1, description="Sequences of one step.")
+    shuffle: bool = True
+    patience: int | None = Field(default=3, ge=1)
+    trains: tuple[Literal["factors", "norms", "biases"], ...] = Field(
+        default=("factors", "norms", "biases"), min_length=1
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def refinement(self) -> RefineRecipe:
+        """The same as settings of a training by predictions."""
+        return RefineRecipe(preset="fast", loss="kl", **self.model_dump())
+
+
 def _listless(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -215,14 +243,14 @@ class CompressionRecipe(_Frozen):
     effort : {'fast', 'balanced', 'best'}
         Settles method and allocation where neither is given: 'fast' takes one pass over the text
         (swift-svd, uniform ranks), 'balanced' a pass backwards too (kfac-svd, global ranks), and
-        'best' trains the blocks as well, unless a refinement is given. Where it is not looked at,
-        the method is swift-svd and ranks are uniform.
+        'best' passes twice, and trains the blocks one by one and together, unless told otherwise.
+        Where it is not looked at, the method is swift-svd and ranks are uniform.
     method : str
         A name from `slimrank.methods.METHODS`.
     layout : {'auto', 'plain', 'pivoted'}
         How factors are stored: two whole factors, or only what a matrix of low rank does not
         repeat (see `slimrank.linalg.pivot_rows`); 'auto' is pivoted wherever that is smaller.
-    allocation : {'uniform', 'swift', 'global'}
+    allocation : {'uniform', 'swift', 'global', 'threshold'}
         How the budget is shared out.
     swift : SwiftRecipe
         Settings of allocation 'swift'.
@@ -230,6 +258,9 @@ class CompressionRecipe(_Frozen):
         Settings of allocation 'global'.
     gradients : GradientRecipe
         Of methods and units that look at gradients of the loss.
+    passes : {1, 2}
+        With 2, compress a copy first, take moments and gradients there too, and make the model from
+        the mean of both (see `slimrank.second_look`).
     within_block : {'fixed', 'greedy'}
         Keep the ranks of the allocation, or share each block's parameters out anew once what
         arrives at it is known (see `slimrank.allocation.greedy`).
@@ -246,6 +277,8 @@ class CompressionRecipe(_Frozen):
         For 'asvd': the exponent of the magnitudes.
     refine : RefineRecipe
         Training of each block after its factors are found.
+    tune : TuneRecipe, optional
+        Training of all blocks together, after all else.
     kv_cache : KVCacheRecipe, optional
         Compress the key/value cache.
     calibration : CalibrationRecipe
@@ -273,10 +306,11 @@ class CompressionRecipe(_Frozen):
     method: str = "swift-svd"
     budget: BudgetRecipe
     layout: Layout = "auto"
-    allocation: Literal["uniform", "swift", "global"] = "uniform"
+    allocation: Literal["uniform", "swift", "global", "threshold"] = "uniform"
     swift: SwiftRecipe = SwiftRecipe()
     global_ranks: GlobalRecipe = GlobalRecipe()
     gradients: GradientRecipe = GradientRecipe()
+    passes: Literal[1, 2] = 1
     within_block: Literal["fixed", "greedy"] = "fixed"
     order: Literal["one-shot", "sequential"] | None = None
     ridge: float | None = Field(default=None, ge=0, le=1)
@@ -284,6 +318,7 @@ class CompressionRecipe(_Frozen):
     damping: float = Field(default=1e-2, ge=0, le=1)
     alpha: float = Field(default=0.5, ge=0, le=2)
     refine: RefineRecipe = RefineRecipe()
+    tune: TuneRecipe | None = None
     kv_cache: KVCacheRecipe | None = None
     calibration: CalibrationRecipe = CalibrationRecipe()
     targets: tuple[str, ...] | None = None
@@ -314,6 +349,11 @@ class CompressionRecipe(_Frozen):
                     f"settings of allocation '{allocation}' are given, but allocation is "
                     f"'{self.allocation}'; say --allocation {allocation} too"
                 )
+        if self.allocation == "threshold" and self.gradients.labels == "model":
+            raise RecipeError(
+                "allocation 'threshold' looks at the mean gradient, which is zero but for chance "
+                "where the model draws the labels; leave gradients.labels at 'data'"
+            )
         for key, name in METHOD_SETTINGS.items():
             given = getattr(self, key) != type(self).model_fields[key].default
             if given and name not in (self.method, self.for_profile().method):
@@ -321,10 +361,26 @@ class CompressionRecipe(_Frozen):
                 raise RecipeError(
                     f"{article} {key} is given, but {self.method} has none; '{name}' has"
                 )
+        if self.passes == 2:
+            self._second_pass_is_used()
         if self.order == "one-shot" and (self.refines or self.within_block == "greedy"):
             what = "refinement" if self.refines else "--within-block greedy"
             raise RecipeError(f"{what} takes the blocks one after the other: --order sequential")
         return self
+
+    def _second_pass_is_used(self) -> None:
+        if self.allocation == "threshold":
+            raise RecipeError(
+                "allocation 'threshold' predicts changes of the loss at the original weights "
+                "alone; leave passes at 1"
+            )
+        shifts = "shifted" in self.make_method().needs
+        is_weighed = bool(self.needs) if not shifts else "gradients" in self.needs
+        if self.allocation == "uniform" and not is_weighed:
+            raise RecipeError(
+                f"two passes are asked for, but {self.method} with uniform ranks takes nothing of "
+                "the second"
+            )
 
     @property
     def refines(self) -> bool:
@@ -342,8 +398,12 @@ class CompressionRecipe(_Frozen):
     @property
     def needs(self) -> frozenset[str]:
         """What method, allocation and refinement look at (see `slimrank.methods.Method`)."""
-        of_ranks = self.allocation == "global" and self.global_ranks.unit != "relative"
-        return self.needs_beside_ranks | ({"gradients"} if of_ranks else set())
+        of_ranks = set()
+        if self.allocation == "global" and self.global_ranks.unit != "relative":
+            of_ranks = {"gradients"}
+        elif self.allocation == "threshold":
+            of_ranks = {"mean_gradients"}
+        return self.needs_beside_ranks | of_ranks
 
     @property
     def needs_beside_ranks(self) -> frozenset[str]:
@@ -380,6 +440,24 @@ class CompressionRecipe(_Frozen):
         if method == self.method:
             return self
         return self.model_copy(update={"method": method, "anchor": 1.0, "ridge": None})
+
+    def first_pass(self) -> "CompressionRecipe":
+        """The recipe of the model in which statistics are taken again: one pass, no training."""
+        method, ridge = self.method, self.ridge
+        if "shifted" in self.make_method().needs:
+            method, ridge = ("kfac-svd" if "gradients" in self.needs else "swift-svd"), None
+        return self.model_copy(
+            update={
+                "method": method,
+                "anchor": 1.0,
+                "ridge": ridge,
+                "passes": 1,
+                "order": None,
+                "within_block": "fixed",
+                "refine": RefineRecipe(),
+                "tune": None,
+            }
+        )
 
     def relative_ridge(self) -> float:
         """Share of the mean diagonal that is added to the moments."""

@@ -1,9 +1,13 @@
 """What was done: frozen, written as JSON beside the weights."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from slimrank.errors import CheckpointError
 from slimrank.recipe import CompressionRecipe
+
+Packing = Literal["rows", "remapped"]
 
 
 class _Frozen(BaseModel):
@@ -234,6 +238,27 @@ class GlobalRanksReport(_Frozen):
     seconds: float = 0.0
 
 
+class ThresholdReport(_Frozen):
+    """How allocation 'threshold' came to its ranks.
+
+    Parameters
+    ----------
+    predicted_change : float
+        Sum of what all components that were left out are predicted to change the loss by, in nats
+        a token, to first order; by the zero-sum rule near 0, and no measure of the loss.
+    rise : float
+        The part of it that is above 0: what is balanced by components that are predicted to help.
+    seconds : float
+    """
+
+    predicted_change: float
+    rise: float
+    seconds: float = 0.0
+
+
+RanksReport = AllocationReport | GlobalRanksReport | ThresholdReport
+
+
 class BlockError(_Frozen):
     """How far a compressed block's output is from the original block's, over tokens.
 
@@ -342,7 +367,9 @@ class CompressionReport(_Frozen):
         In call order.
     blocks : tuple of BlockReport
         Of a sequential run; empty otherwise.
-    allocation : AllocationReport or None
+    tuning : RefinementReport or None
+        Of all blocks together, by the model's predictions.
+    allocation : RanksReport or None
         None for uniform ranks.
     kv_cache : KVCacheReport or None
         None for an ordinary cache.
@@ -363,7 +390,8 @@ class CompressionReport(_Frozen):
     size: SizeReport
     linears: tuple[LinearReport, ...]
     blocks: tuple[BlockReport, ...] = ()
-    allocation: AllocationReport | GlobalRanksReport | None = None
+    tuning: RefinementReport | None = None
+    allocation: RanksReport | None = None
     kv_cache: KVCacheReport | None = None
     seconds: dict[str, float]
     peak_bytes: int
@@ -396,7 +424,8 @@ class QuantizedLinear(_Frozen):
     rank : int or None
         None for a dense one.
     bytes_before, bytes_after : int
-        Of its factors, or of its matrix: codes and scales afterwards. Bias and pivots are left out.
+        Of its factors, or of its matrix: afterwards codes, scales, and rows in 16 bits if there are
+        any. Bias and pivots are left out.
     rounding_loss : float
         Share of the energy of its outputs that the rounding costs on white inputs, beside those of
         the factors before.
@@ -420,6 +449,8 @@ class QuantizationReport(_Frozen):
     source : str
         The folder that was quantised.
     bits : int
+    packing : {'rows', 'remapped'}
+        How factors are stored; dense linears are by rows in either.
     linears : tuple of QuantizedLinear
     weight_bytes_before, weight_bytes : int
         Of the weight files.
@@ -431,12 +462,17 @@ class QuantizationReport(_Frozen):
 
     source: str
     bits: int
+    packing: Packing = "rows"
     linears: tuple[QuantizedLinear, ...]
     weight_bytes_before: int
     weight_bytes: int
     perplexity_before: float | None = None
     perplexity: float | None = None
     perplexity_tokens: int = 0
+
+    def stored_as(self) -> str:
+        """What weights are in, in words."""
+        return f"{self.bits} bits" + (", remapped" if self.packing == "remapped" else "")
 
     def line(self) -> str:
         """All of it in one line.
@@ -451,7 +487,7 @@ class QuantizationReport(_Frozen):
         """  # noqa: E501
         losses = [linear.rounding_loss for linear in self.linears]
         text = (
-            f"{len(losses)} linears in {self.bits} bits: {self.weight_bytes_before / 1e6:.1f} -> "
+            f"{len(losses)} linears in {self.stored_as()}: {self.weight_bytes_before / 1e6:.1f} -> "
             f"{self.weight_bytes / 1e6:.1f} MB on disk; rounding costs "
             f"{sum(losses) / len(losses):.3%} of the energy of their outputs on white inputs, on "
             f"average, and at most {max(losses):.3%}"

@@ -185,6 +185,15 @@ def test_a_sequential_run_prints_its_blocks(dense_folder, text, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
 
 
+def test_ranks_by_threshold_are_told(dense_folder, text, tmp_path):
+    out, how = tmp_path / "out", ["--allocation", "threshold", "--calibration", text]
+    printed = run("compress", dense_folder, out, "--keep", 0.6, *how, *SMALL)
+    line = next(x for x in printed.splitlines() if x.startswith("ranks by threshold, "))
+    report = slimrank.CompressionReport.model_validate_json((out / "report.json").read_text())
+    assert f"loss {report.allocation.predicted_change:.2g} nats a token, to first order" in line
+    assert line in run("inspect", out).splitlines()
+
+
 def test_svd_needs_no_text(dense_folder, tmp_path):
     printed = run("compress", dense_folder, tmp_path / "out", "--keep", 0.6, "--method", "svd")
     assert "weight error" in printed

@@ -258,6 +258,16 @@ def test_one_profile_serves_sizes_allocations_and_orders(make_bench, tmp_path, c
     assert len(profiled) == 1
 
 
+def test_threshold_ranks_of_all_sizes_are_from_one_profile(make_bench, tmp_path, calls):
+    _, profiled = calls
+    base = {**make_bench().base, "allocation": "threshold"}
+    runs = [{"name": "svd", "recipe": {"method": "svd"}}, {"name": "swift", "recipe": {}}]
+    report = measure_frontier(make_bench(base=base, runs=runs, grid={}), tmp_path / "out")
+    assert [row.error for row in report.runs] == [None] * len(report.runs)
+    assert {row.allocation for row in report.runs} == {"threshold", "none"}
+    assert len(profiled) == 1
+
+
 def test_folders_that_are_not_ours(make_bench, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

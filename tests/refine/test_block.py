@@ -68,7 +68,7 @@ def test_nothing_to_train(make_pairs):
     block, pairs = make_pairs("llama")
     before = state_of(block)
     settings = RefineRecipe(preset="paper", trains=["biases"])
-    with pytest.raises(RecipeError, match=r"refine\.trains: block 3 has no biases"):
+    with pytest.raises(RecipeError, match="nothing to train: no biases in block 3"):
         refine_block(block, pairs, None, settings, 3)
     assert not changed(block, before)
 

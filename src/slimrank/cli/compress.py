@@ -10,7 +10,13 @@ from slimrank.cli import options as opt
 from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span, track
 from slimrank.compression import compress
 from slimrank.options import CompressionOptions
-from slimrank.report import CompressionReport, GlobalRanksReport, LinearReport
+from slimrank.report import (
+    CompressionReport,
+    GlobalRanksReport,
+    LinearReport,
+    RefinementReport,
+    ThresholdReport,
+)
 
 
 @friendly
@@ -28,11 +34,13 @@ def compress_command(
     importance_after_norm: opt.ImportanceAfterNorm = None,
     unit: opt.Unit = None,
     layout: opt.Layout = None,
+    passes: opt.Passes = None,
     within_block: opt.WithinBlock = None,
     order: opt.Order = None,
     anchor: opt.Anchor = None,
     ridge: opt.Ridge = None,
     refine: opt.Refine = None,
+    tune: opt.Tune = None,
     kv_keep: opt.KVKeep = None,
     profile: opt.ProfileFolder = None,
     calibration: opt.Calibration = None,
@@ -64,11 +72,13 @@ def compress_command(
         swift__importance_after_norm=importance_after_norm,
         global_ranks__unit=unit,
         layout=layout,
+        passes=passes,
         within_block=within_block,
         order=order,
         anchor=anchor,
         ridge=ridge,
         refine__preset=refine,
+        tune__epochs=tune,
         kv_cache__keep=kv_keep,
         calibration__source=calibration,
         calibration__num_sequences=num_sequences,
@@ -94,6 +104,8 @@ def compress_command(
     print_losses(report)
     print_allocation(report)
     print_blocks(report)
+    if report.tuning:
+        print_tuning(report.tuning)
     print_size(report.size)
     if report.kv_cache:
         typer.echo(report.kv_cache.line())
@@ -125,7 +137,7 @@ def print_losses(report: CompressionReport) -> None:
     what = "weight" if report.tokens == 0 else "output"
     print_table(
         f"{report.recipe.method}: mean relative {what} error (squared)"
-        + (", before refinement" if report.recipe.refines else ""),
+        + (", before training" if report.recipe.refines or report.tuning else ""),
         ("linear", "count", "dense", "rank", "predicted", "measured", "as stored"),
         rows,
     )
@@ -136,8 +148,15 @@ def print_allocation(report: CompressionReport) -> None:
     found = report.allocation
     if found is None:
         return
+    dense = sum(linear.rank is None for linear in report.linears)
+    if isinstance(found, ThresholdReport):
+        typer.echo(
+            f"ranks by threshold, {dense} of {len(report.linears)} linears left dense; predicted "
+            f"change of the loss {found.predicted_change:.2g} nats a token, to first order, of a "
+            f"rise by {found.rise:.2g} and a fall"
+        )
+        return
     if isinstance(found, GlobalRanksReport):
-        dense = sum(linear.rank is None for linear in report.linears)
         what = " nats a token, to second order" if found.unit == "kfac" else ""
         typer.echo(
             f"ranks by unit {found.unit}, {dense} of {len(report.linears)} linears left dense; "
@@ -182,6 +201,19 @@ def print_blocks(report: CompressionReport) -> None:
         f"error of each block's output on {text} text",
         ("block", "unrefined", "error", "cosine distance", "epochs", "seconds"),
         rows,
+    )
+
+
+def print_tuning(found: RefinementReport) -> None:
+    """Say what training all blocks together brought, on held-out text if there is any."""
+    before, epochs = found.start_held_out_loss, found.epochs[: found.kept_epoch]
+    text = "calibration" if before is None else "held-out"
+    losses = [epoch.loss if before is None else epoch.held_out_loss for epoch in epochs]
+    start = found.start_loss if before is None else before
+    after = losses[-1] if losses and losses[-1] is not None else start
+    typer.echo(
+        f"all blocks trained together for {found.kept_epoch} epochs: divergence of the predictions "
+        f"on {text} text {start:.4f} -> {after:.4f} nats a token"
     )
 
 

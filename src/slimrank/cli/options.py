@@ -37,9 +37,10 @@ Allocation = Annotated[
     str | None,
     typer.Option(
         help="How the budget is shared out: the same share of each linear ('uniform'), ranks by "
-        "loss and importance ('swift', Swift-SVD's algorithm 2), or those that lose least in sum, "
-        "any linear left dense where that is best ('global'). [default: as the effort says, "
-        "uniform beside --method]"
+        "loss and importance ('swift', Swift-SVD's algorithm 2), those that lose least in sum, any "
+        "linear left dense where that is best ('global'), or components dropped anywhere so that "
+        "predicted rises and falls of the loss cancel ('threshold', Zero Sum SVD). [default: as "
+        "the effort says, uniform beside --method]"
     ),
 ]
 Unit = Annotated[
@@ -108,12 +109,26 @@ WithinBlock = Annotated[
         "out anew by what its spectra spare ('greedy'). [default: fixed]"
     ),
 ]
+Passes = Annotated[
+    int | None,
+    typer.Option(
+        help="2: compress a copy first, and weigh errors by what is seen in both models; better at "
+        "small sizes, for twice the time. [default: as the effort says, 1 beside --method]"
+    ),
+]
 Refine = Annotated[
     str | None,
     typer.Option(
         help="Train each block towards the original one's output: 'off', 'paper' (AA-SVD's "
         "settings) or 'fast' (for a CPU, with a stop on held-out text). A recipe has every "
         "setting. [default: off]"
+    ),
+]
+Tune = Annotated[
+    int | None,
+    typer.Option(
+        help="At the end, train all blocks together towards the original model's predictions, for "
+        "so many epochs at most. A recipe has every setting. [default: not]"
     ),
 ]
 Resume = Annotated[
@@ -149,7 +164,7 @@ Calibration = Annotated[
     list[str] | None,
     typer.Option(
         help="Text file, folder or hub data set; may be given more than once. "
-        "[default: the packaged sample]"
+        "[default: the packaged sample of mixed text]"
     ),
 ]
 NumSequences = Annotated[int | None, typer.Option(help="Calibration sequences. [default: 128]")]

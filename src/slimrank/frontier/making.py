@@ -73,13 +73,14 @@ def served_by_profile(recipe: CompressionRecipe) -> CompressionRecipe | None:
     """
     wanted = recipe.for_profile()
     is_built = wanted == recipe and not recipe.is_sequential
-    if not is_built and recipe.allocation == "uniform":
+    if recipe.passes == 2 or (not is_built and recipe.allocation == "uniform"):
         return None
     plain: dict[str, Any] = {
         "budget": BudgetRecipe(param_ratio=1.0),
         "within_block": "fixed",
         "order": None,
         "refine": RefineRecipe(),
+        "tune": None,
     }
     if recipe.allocation == "swift":
         plain |= {"allocation": "uniform", "swift": SwiftRecipe()}

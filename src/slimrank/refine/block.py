@@ -31,6 +31,7 @@ def refine_block(
     index: int,
     metric: Float[Tensor, "hidden hidden"] | None = None,
     rest: Rest | None = None,
+    what: str | None = None,
 ) -> RefinementReport:
     """Train a block in place.
 
@@ -52,6 +53,8 @@ def refine_block(
         For loss 'gradient': second moment of the model's gradients at the original block's output.
     rest : Rest, optional
         For loss 'kl'. The data must then give the numbers of its sequences.
+    what : str, optional
+        What messages call the block; its number if left out.
 
     Returns
     -------
@@ -83,7 +86,8 @@ def refine_block(
     - Dropout is off.
     """
     started = time.perf_counter()
-    trained = _trained_parameters(block, settings, index)
+    what = what or f"block {index}"
+    trained = _trained_parameters(block, settings, what)
     measure = _measure(calibration, settings, index, metric, rest)
     patience = settings.patience
     if patience is not None and held_out is None:
@@ -95,7 +99,7 @@ def refine_block(
         )
     epochs: list[RefinementEpoch] = []
     with master_parameters(block, trained):
-        training = BlockTraining(block, trained, calibration, measure, settings, index)
+        training = BlockTraining(block, trained, calibration, measure, settings, index, what)
         start_loss = training.loss(calibration)
         start_held_out = None if held_out is None else training.loss(held_out)
         best, kept = start_held_out, 0
@@ -142,7 +146,7 @@ def _measure(
     return SquaredError.of(calibration, index)
 
 
-def _trained_parameters(block: nn.Module, settings: RefineRecipe, index: int) -> list[nn.Parameter]:
+def _trained_parameters(block: nn.Module, settings: RefineRecipe, what: str) -> list[nn.Parameter]:
     factors = {
         id(factor.weight)
         for module in block.modules()
@@ -162,7 +166,7 @@ def _trained_parameters(block: nn.Module, settings: RefineRecipe, index: int) ->
     trained = [p for name, p in block.named_parameters() if kind(name, p) in settings.trains]
     if not trained:
         raise RecipeError(
-            f"refine.trains: block {index} has no {', '.join(settings.trains)}; name others, or "
-            "turn the refinement off"
+            f"nothing to train: no {', '.join(settings.trains)} in {what}; name others, or "
+            "turn the training off"
         )
     return trained

@@ -121,6 +121,6 @@ def _checked(variance: float, index: int) -> float:
         return variance
     what = "all equal, or none" if variance == 0 else "not all finite"
     raise NumericalError(
-        f"refinement of block {index}: the original block's outputs are {what}; check the model "
+        f"training block {index}: the original block's outputs are {what}; check the model "
         "and the calibration text"
     )

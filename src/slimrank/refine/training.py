@@ -53,6 +53,8 @@ class BlockTraining:
     settings : RefineRecipe
     index : int
         Position of the block.
+    what : str
+        What messages call it.
 
     Raises
     ------
@@ -68,9 +70,10 @@ class BlockTraining:
         measure: Loss,
         settings: RefineRecipe,
         index: int,
+        what: str,
     ) -> None:
         self._block, self._trained, self._calibration = block, trained, calibration
-        self._measure, self._settings, self._index = measure, settings, index
+        self._measure, self._settings, self._what = measure, settings, what
         self._optimizer = torch.optim.AdamW(
             trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
@@ -89,7 +92,7 @@ class BlockTraining:
         loss = math.fsum(totals) / elements / self._measure.unit if elements else math.nan
         if not math.isfinite(loss):
             raise NumericalError(
-                f"refinement of block {self._index}: the loss on {data.num_sequences} sequences is "
+                f"training {self._what}: the loss on {data.num_sequences} sequences is "
                 f"not finite after {self._step // self._steps_an_epoch} epochs; the block is as it "
                 "was"
             )
@@ -113,7 +116,7 @@ class BlockTraining:
         if not (math.isfinite(total) and math.isfinite(float(norm))):
             epoch = self._step // self._steps_an_epoch + 1
             raise NumericalError(
-                f"refinement of block {self._index}: the loss or its gradient is not finite in "
+                f"training {self._what}: the loss or its gradient is not finite in "
                 f"step {self._step + 1} (epoch {epoch}); the block is as it was; try a smaller "
                 "refine.learning_rate"
             )

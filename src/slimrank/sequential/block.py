@@ -194,8 +194,8 @@ class BlockInTurn:
         total = None
         if moments is not None:
             total = replace(moments[0], output_energy=shown.energies.get(site.name))
-            total = total.ridged(self.recipe.relative_ridge())
         total = self.statistics.of(site.name, total) if self.statistics else total
+        total = total.ridged(self.recipe.relative_ridge()) if total else None
         return solve(self.model, site, columns, method, total)
 
     def _share_out(
