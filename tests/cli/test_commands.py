@@ -165,6 +165,18 @@ def test_a_flag_changes_the_refinement_of_a_recipe(tmp_path):
     )
 
 
+def test_two_passes_and_tuning_from_the_command_line(dense_folder, text, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--keep", 0.6, "--passes", 2, "--tune", 1, "--calibration", text]
+    printed = run("compress", dense_folder, out, *arguments, "--held-out-sequences", 2, *SMALL)
+    report = slimrank.CompressionReport.model_validate_json((out / "report.json").read_text())
+    found = report.tuning
+    assert (report.recipe.passes, report.recipe.tune.epochs) == (2, 1)
+    kept = found.epochs[0].held_out_loss if found.kept_epoch else found.start_held_out_loss
+    assert f"held-out text {found.start_held_out_loss:.4f} -> {kept:.4f} nats a token" in printed
+    assert f"all blocks trained together for {found.kept_epoch} epochs" in printed
+
+
 def test_a_sequential_run_prints_its_blocks(dense_folder, text, tmp_path):
     out = tmp_path / "out"
     arguments = ["--keep", 0.6, "--method", "aa-svd", "--refine", "fast", "--calibration", text]
