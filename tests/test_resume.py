@@ -122,6 +122,18 @@ def test_cut_off_after_any_block(after, start, whole, out):
     assert [path.name for path in out.parent.iterdir()] == ["small"]
 
 
+def test_two_passes_and_tuning_go_on_too(start, unbroken, make_recipe, out):
+    """What comes before and after the blocks is made again."""
+    refine = {"preset": "fast", "epochs": 2}
+    values = {"method": "kfac-svd", "allocation": "global", "passes": 2, "refine": refine}
+    values |= {"tune": {"epochs": 1, "learning_rate": 1e-3}}
+    recipe = make_recipe(**values)
+    cut_off(start, 2, recipe=recipe)
+    assert blocks_kept(out) == 2
+    start(recipe=recipe, resume=True)
+    assert_same_folder(out, unbroken(**values))
+
+
 def test_cut_off_while_the_folder_is_written(start, whole, out, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
@@ -195,8 +207,8 @@ def test_dynamic_ranks_are_not_searched_for_again(start, unbroken, out, make_rec
     monkeypatch.setattr("slimrank.search.IMPORTANCE_WEIGHTS", (0.0, 1.0))
     cut_off(start, 1, recipe=make_recipe(**recipe))
     with monkeypatch.context() as patch:
-        patch.setattr("slimrank.compression.write_profile", None)
-        patch.setattr("slimrank.compression.choose_ranks", None)
+        patch.setattr("slimrank.making.write_profile", None)
+        patch.setattr("slimrank.making.choose_ranks", None)
         report = start(recipe=make_recipe(**recipe), resume=True)
     assert len(report.allocation.trials) == 2
     assert_same_folder(out, unbroken(**recipe))
@@ -287,9 +299,9 @@ def test_another_text_is_refused(position, start, text):
 
 def test_another_version_is_told(start, monkeypatch):
     cut_off(start, 1)
-    real = slimrank.compression.environment
+    real = slimrank.making.environment
     monkeypatch.setattr(
-        "slimrank.compression.environment", lambda model: real(model) | {"threads": "64"}
+        "slimrank.making.environment", lambda model: real(model) | {"threads": "64"}
     )
     with pytest.warns(NumericalWarning, match=r"begun with another threads 1 -> 64; its bits may"):
         report = start(resume=True)
