@@ -124,7 +124,8 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
         require_no_run(Path(job.out))
     if profile is not None and job.recipe.passes == 2:
         raise RecipeError(
-            "a profile is of one pass, and two are asked for; leave --profile out, or say --passes 1"
+            "a profile is of one pass, and two are asked for; leave --profile out, or say "
+            "--passes 1"
         )
     opened = None if profile is None else read_profile(profile)
     with job.clock.phase("load"):
