@@ -84,7 +84,9 @@ def main(suites: Suites, description: str | None) -> None:
     seen = [plainly(row["wanted"]) for row in known]
     wanted = list(enumerate([*suites[options.suite](options.ridge), None]))
     for number, row in reversed(wanted) if options.backwards else wanted:
-        is_heavy = row is not None and (is_refined(row) or row.get("passes") == 2)
+        is_heavy = row is not None and (
+            is_refined(row) or row.keys() & {"passes", "generated_sequences"}
+        )
         if known and (row is None or plainly({**BASE, **row}) in seen):
             continue
         late = time.perf_counter() - start > options.seconds
@@ -189,6 +191,7 @@ def merge(files: list[str], out: str) -> None:
 
 def holds_out(recipe: CompressionRecipe) -> bool:
     chooses = recipe.allocation != "uniform" or recipe.tune is not None or recipe.passes == 2
+    chooses |= recipe.generated_sequences > 0
     return chooses or recipe.is_sequential
 
 

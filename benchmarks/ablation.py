@@ -18,6 +18,10 @@ KEEP = (0.8, 0.6, 0.4)
 TUNE: dict[str, Any] = {"tune": {}}
 
 
+OWN = {**TWICE, "generated_sequences": 96}
+TRAINED: dict[str, Any] = {"refine": "fast", "tune": {"epochs": 8}}
+
+
 def unit(name: str) -> dict[str, Any]:
     return {"allocation": "global", "global_ranks": {"unit": name}}
 
@@ -49,6 +53,16 @@ def headline(_: float | None) -> list[dict[str, Any]]:
     return rows
 
 
+def generated(_: float | None) -> list[dict[str, Any]]:
+    """Sequences of the model's own beside the text, with and without training."""
+    rows = [{**OWN, "tune": {"epochs": 8}, "keep": keep} for keep in (0.6, 0.8)]
+    rows += [{**OWN, "keep": keep} for keep in (0.6, 0.8)]
+    rows += [{**OWN, "passes": 1, "keep": keep} for keep in (0.6, 0.8)]
+    rows += [{**UNIFORM, "generated_sequences": 96, "keep": keep} for keep in (0.6, 0.8)]
+    rows += [{**OWN, **TRAINED, "keep": keep} for keep in KEEP]
+    return [*rows, {**OWN, "tune": {"epochs": 8}, "keep": 0.4}, {**OWN, "keep": 0.4}]
+
+
 def parts(_: float | None) -> list[dict[str, Any]]:
     """Each ingredient alone, and each left out, without training."""
     rows: list[dict[str, Any]] = []
@@ -78,11 +92,10 @@ def steady(_: float | None) -> list[dict[str, Any]]:
     """Seeds and tokens."""
     rows: list[dict[str, Any]] = []
     for keep in (0.6, 0.8):
-        for row in (UNIFORM, BEST, TWICE):
+        for row in (UNIFORM, BEST, TWICE, OWN, PUBLISHED):
             rows += [{**row, "keep": keep, "seed": seed} for seed in (1, 2)]
-            rows += [{**row, "keep": keep, "sequences": 192}]
-        rows += [{**PUBLISHED, "keep": keep, "seed": seed} for seed in (1, 2)]
-        rows += [{**TWICE, **TUNE, "keep": keep, "seed": seed} for seed in (1, 2)]
+    for keep in (0.6, 0.8):
+        rows += [{**row, "keep": keep, "sequences": 192} for row in (UNIFORM, BEST, TWICE)]
     return rows
 
 
@@ -103,12 +116,14 @@ def peers(_: float | None) -> list[dict[str, Any]]:
 def everything(ridge: float | None) -> list[dict[str, Any]]:
     """All of them, in order of worth; a process on a CPU begins at the end."""
     rows: list[dict[str, Any]] = []
-    for suite in (headline, search, steady, losses, parts, peers):
+    for suite in (headline, generated, search, steady, losses, parts, peers):
         rows += [row for row in suite(ridge) if plainly(row) not in map(plainly, rows)]
     return rows
 
 
-SUITES = {f.__name__: f for f in (headline, search, parts, losses, steady, peers, everything)}
+SUITES = {
+    f.__name__: f for f in (headline, generated, search, parts, losses, steady, peers, everything)
+}
 
 if __name__ == "__main__":
     _rows.main(SUITES, __doc__)

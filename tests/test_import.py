@@ -16,39 +16,27 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_import_touches_no_device():
-    done = run(NO_DEVICE + "import slimrank")
-    assert done.returncode == 0, done.stderr
-
-
-def test_help_touches_no_device():
+def test_import_touches_no_device_loads_nothing_heavy_and_registers_twice():
     done = run(
-        NO_DEVICE + "import sys; sys.argv = ['slimrank', '--help']\nimport slimrank.cli\n"
-        "slimrank.cli.main()"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "compress" in done.stdout
-
-
-def test_import_loads_nothing_heavy_beyond_transformers():
-    done = run(
-        "import sys, torch, transformers.quantizers.auto\nbefore = set(sys.modules)\n"
+        NO_DEVICE + "import sys, torch, transformers.quantizers.auto\nbefore = set(sys.modules)\n"
         "import slimrank\nnew = {m.split('.')[0] for m in set(sys.modules) - before}\n"
-        "print(sorted(new & {'datasets', 'gguf', 'peft', 'typer', 'matplotlib', 'lm_eval'}))"
+        "print(sorted(new & {'datasets', 'gguf', 'peft', 'typer', 'matplotlib', 'lm_eval'}))\n"
+        "from slimrank.checkpoint import register\nregister()"
     )
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_help_loads_no_plots_and_no_statistics():
+def test_help_touches_no_device_and_loads_no_plots_and_no_statistics():
     done = run(
-        "import sys\nsys.argv = ['slimrank', 'analyze', '--help']\nimport slimrank.cli\n"
-        "try: slimrank.cli.main()\nexcept SystemExit: pass\n"
+        NO_DEVICE + "import sys\nimport slimrank.cli\n"
+        "for words in (['--help'], ['analyze', '--help']):\n"
+        "    sys.argv = ['slimrank', *words]\n"
+        "    try: slimrank.cli.main()\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
         "print(sorted({'matplotlib', 'scipy.stats'} & set(sys.modules)))"
     )
-    assert "analysis.json" in done.stdout, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-
-
-def test_registering_twice_is_safe():
-    done = run("import slimrank; from slimrank.checkpoint import register; register()")
     assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+    assert "analysis.json" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -25,6 +25,9 @@ from slimrank.nn import cache_bytes
 from slimrank.options import CompressionOptions
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
 
+LINEARS = {"swift-svd": 210, "svd": 84}  # seven in each of thirty blocks, and in each of twelve
+SOME_BLOCKS = r"re:.*layers\.\d*[0369]\."
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -32,8 +35,7 @@ pytestmark = [
 ]
 
 FRESH = """
-import sys, torch
-if sys.argv[4] == "import": import slimrank
+import slimrank, sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -43,23 +45,26 @@ with torch.no_grad():
 
 
 def recipe(method: str) -> CompressionRecipe:
+    """By `svd`, of every third block or so: that is far worse than all by another method."""
     chosen = {} if method == "default" else {"method": method}
+    if method == "svd":
+        chosen["targets"] = [SOME_BLOCKS]
     return CompressionRecipe.from_dict(
         {
             "budget": {"param_ratio": 0.8},
             **chosen,
-            "calibration": {"num_sequences": 8, "sequence_length": 512},
+            "calibration": {"num_sequences": 4, "sequence_length": 512},
         }
     )
 
 
-def fresh_process(folder: Path, ids: torch.Tensor, imported: bool) -> torch.Tensor | None:
+def fresh_process(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     inputs, outputs = folder.parent / "ids.safetensors", folder.parent / "logits.safetensors"
     save_file({"ids": ids}, inputs)
-    how = "import" if imported else "no"
-    command = [sys.executable, "-c", FRESH, *map(str, (folder, inputs, outputs)), how]
+    command = [sys.executable, "-c", FRESH, *map(str, (folder, inputs, outputs))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return load_file(outputs)["logits"] if done.returncode == 0 else None
+    assert done.returncode == 0, done.stderr
+    return load_file(outputs)["logits"]
 
 
 @pytest.fixture(autouse=True)
@@ -77,16 +82,25 @@ def dense():
     return load_model(parse_source(fetch_model()))
 
 
-def test_the_main_job(tmp_path, dense):
-    tokenizer = load_tokenizer(parse_source(fetch_model()))
-    ids = tokenize(tokenizer, packaged_text("evaluation"))
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(parse_source(fetch_model()))
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    """The packaged text to evaluate on."""
+    return tokenize(tokenizer, packaged_text("evaluation"))
+
+
+def test_the_main_job(tmp_path, dense, tokenizer, ids):
     found = {"dense": perplexity(dense, ids, 512, 4).value}
     for method in ("swift-svd", "default", "svd"):
         model = copy.deepcopy(dense)
         report = compress(model, recipe(method), tokenizer=tokenizer, out=tmp_path / method)
         found[method] = perplexity(model, ids, 512, 4).value
         low = [linear for linear in report.linears if linear.rank is not None]
-        assert len(low) == 210 or method == "default"
+        assert len(low) == LINEARS.get(method, len(low))
         for linear in low:
             assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-3)
         size = report.size
@@ -97,32 +111,22 @@ def test_the_main_job(tmp_path, dense):
         if method == "swift-svd":
             with torch.no_grad():
                 logits = model(ids[:64][None]).logits
-            again = fresh_process(tmp_path / method, ids[:64][None].clone(), imported=True)
-            assert again is not None
-            assert torch.equal(logits, again)
-            assert fresh_process(tmp_path / method, ids[:64][None].clone(), imported=False) is None
+            assert torch.equal(logits, fresh_process(tmp_path / method, ids[:64][None].clone()))
             assert len(continue_text(model, tokenizer, "The alphabet is", tokens=8).split()) > 3
     assert found["dense"] < found["swift-svd"] < 0.1 * found["svd"]
     assert found["dense"] < found["default"] < 0.7 * found["swift-svd"]
 
 
-def test_one_profile_serves_every_size_and_the_cache(tmp_path, dense):
-    source = parse_source(fetch_model())
-    tokenizer = load_tokenizer(source)
-    calibration = {"num_sequences": 8, "sequence_length": 256, "held_out_sequences": 1}
+def test_one_profile_serves_every_size_and_the_cache(tmp_path, dense, tokenizer, ids):
     small = {
         "effort": "fast",
         "layout": "plain",
         "budget": {"param_ratio": 0.6},
-        "calibration": calibration,
+        "targets": [r"re:.*layers\.(0|15|29)\.", "k_proj", "v_proj"],
+        "calibration": {"num_sequences": 8, "sequence_length": 256, "held_out_sequences": 1},
     }
-    profile(
-        source.name,
-        CompressionRecipe.from_dict(small),
-        tmp_path / "profile",
-        for_kv_cache=True,
-    )
-    ids = tokenize(tokenizer, packaged_text("evaluation"))[None, :300]
+    wanted = CompressionRecipe.from_dict(small)
+    profile(dense, wanted, tmp_path / "profile", tokenizer=tokenizer, for_kv_cache=True)
     dynamic = {"allocation": "swift", "swift": {"importance_weight": 0.5}}
     for name, settings in (("uniform", {}), ("dynamic", dynamic)):
         report = compress(
@@ -134,6 +138,7 @@ def test_one_profile_serves_every_size_and_the_cache(tmp_path, dense):
         )
         assert report.seconds.keys() == {"load", "build"} | ({"allocate"} if settings else set())
         low = [linear for linear in report.linears if linear.rank is not None]
+        assert len(low) == 3 * 7 + 27 * 2
         for linear in low:
             assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-6)
     sizes = [read_report(tmp_path / name).size.target_params for name in ("uniform", "dynamic")]
@@ -141,19 +146,29 @@ def test_one_profile_serves_every_size_and_the_cache(tmp_path, dense):
     latent = copy.deepcopy(dense)
     cached = small | {"budget": {"param_ratio": 1.0}, "kv_cache": {"keep": 0.5}}
     compress(latent, CompressionRecipe.from_dict(cached), profile=tmp_path / "profile")
-    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    prompt = ids[None, :300]
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     with torch.no_grad():
-        tokens = latent.generate(ids, **options)
-        assert torch.equal(tokens, latent.generate(ids, use_cache=False, **options))
+        tokens = latent.generate(prompt, **options)
+        whole = latent(tokens[:, :-1], use_cache=False).logits  # each token from those before it
+        assert torch.equal(tokens[:, 300:], whole[:, 299:].argmax(-1))
         cache = DynamicCache(config=latent.config)
-        latent(ids, past_key_values=cache, use_cache=True)
+        latent(prompt, past_key_values=cache, use_cache=True)
     # thirty blocks of 96 + 96 numbers for each token, and one pair of position embeddings of 64
     assert cache_bytes(cache) == 300 * 4 * (30 * 192 + 2 * 64)
 
 
-def test_block_after_block_cut_off_and_resumed(tmp_path, dense):
+def first_blocks(model, count):
+    """A copy of a model that ends early."""
+    start = copy.deepcopy(model)
+    start.model.layers = start.model.layers[:count]
+    start.config.num_hidden_layers = count
+    return start
+
+
+def test_block_after_block_cut_off_and_resumed(tmp_path, dense, tokenizer):
     """Three blocks anchored and refined: every promise is kept, and a cut leaves the same bytes."""
-    tokenizer = load_tokenizer(parse_source(fetch_model()))
+    start = first_blocks(dense, 5)
     recipe = CompressionRecipe.from_dict(
         {
             "budget": {"param_ratio": 0.6},
@@ -179,7 +194,7 @@ def test_block_after_block_cut_off_and_resumed(tmp_path, dense):
         for track in tracks:
             options = CompressionOptions(track=track) if track else CompressionOptions()
             arguments = {"tokenizer": tokenizer, "out": tmp_path / name, "options": options}
-            model = copy.deepcopy(dense)
+            model = copy.deepcopy(start)
             if track:
                 with pytest.raises(KeyboardInterrupt):
                     compress(model, recipe, **arguments)
@@ -191,7 +206,7 @@ def test_block_after_block_cut_off_and_resumed(tmp_path, dense):
     assert len(low) == 21
     for linear in low:
         assert linear.measured_loss == pytest.approx(linear.predicted_loss, rel=1e-6)
-    assert len(report.blocks) == 30
+    assert len(report.blocks) == 5
     for block in report.blocks[:3]:
         assert block.held_out.relative_error <= block.unrefined_held_out.relative_error
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

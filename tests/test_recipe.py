@@ -18,6 +18,7 @@ FULL = {
     "global_ranks": {"unit": "kfac", "may_stay_dense": True},
     "gradients": {"labels": "model"},
     "passes": 2,
+    "generated_sequences": 6,
     "within_block": "greedy",
     "order": "sequential",
     "ridge": 0.1,
@@ -102,7 +103,7 @@ def test_defaults_are_the_documented_ones():
     assert recipe.kv_cache is None
     assert (recipe.order, recipe.within_block) == (None, "fixed")
     assert (recipe.ridge, recipe.anchor) == (None, 1.0)
-    assert (recipe.passes, recipe.tune) == (1, None)
+    assert (recipe.passes, recipe.generated_sequences, recipe.tune) == (1, 0, None)
     assert recipe.refine.preset == "off"
     assert not recipe.refines
     assert not recipe.is_sequential
@@ -132,8 +133,9 @@ def test_an_effort_settles_what_is_not_given(given, method, allocation, loss):
 
 def test_best_passes_twice_and_tunes():
     recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, "effort": "best"})
-    assert (recipe.passes, recipe.tune.epochs) == (2, 8)
+    assert (recipe.passes, recipe.generated_sequences, recipe.tune.epochs) == (2, 128, 8)
     first = recipe.first_pass()
+    assert first.generated_sequences == 0
     assert (first.method, first.allocation, first.passes) == ("kfac-svd", "global", 1)
     assert not first.refines
     assert first.tune is None

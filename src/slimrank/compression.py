@@ -127,6 +127,11 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
             "a profile is of one pass, and two are asked for; leave --profile out, or say "
             "--passes 1"
         )
+    if profile is not None and job.recipe.generated_sequences:
+        raise RecipeError(
+            "a profile is of its text alone, and sequences are to be generated; leave --profile "
+            "out, or say --generate 0"
+        )
     opened = None if profile is None else read_profile(profile)
     with job.clock.phase("load"):
         loaded, name, tokenizer = open_dense(model, job.recipe.dtype, job.tokenizer)

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
+
 from slimrank.allocation import RankPlan
 from slimrank.blockwise import factorise_blocks
 from slimrank.building import Made, build, choose_ranks
@@ -16,6 +18,7 @@ from slimrank.calibration import (
     TokenWindows,
     default_batch_size,
     embed_streams,
+    generate_windows,
     hold_out,
 )
 from slimrank.checkpoint import Profile, RunManifest, RunState, has_run
@@ -52,6 +55,8 @@ class Job:
     clock : Clock
     always_holds_out : bool
         Also in a run that has nothing to choose by, and would calibrate on all windows it is given.
+    generated : tuple of Tensor
+        Windows that the model wrote itself, to calibrate on too.
     """
 
     recipe: CompressionRecipe
@@ -63,6 +68,7 @@ class Job:
     stack: ExitStack
     clock: Clock = field(default_factory=Clock)
     always_holds_out: bool = False
+    generated: tuple[Tensor, ...] = ()
 
     @property
     def beside(self) -> Path | None:
@@ -81,7 +87,8 @@ class Job:
         """Windows to calibrate on, and those that are held out."""
         windows = self.drawn().windows
         assert windows is not None
-        return hold_out(windows, self.recipe.calibration.held_out_sequences)
+        own, held_out = hold_out(windows, self.recipe.calibration.held_out_sequences)
+        return TokenWindows((*own.windows, *self.generated)), held_out
 
 
 def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) -> Made:
@@ -102,9 +109,11 @@ def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) ->
         As `slimrank.compress`.
     """
     recipe, clock = job.recipe, job.clock
-    if recipe.passes == 1 and recipe.tune is None:
+    if recipe.passes == 1 and recipe.tune is None and not recipe.generated_sequences:
         return _make(source, work, job, opened)
     job = replace(job.drawn(), always_holds_out=True)
+    if recipe.generated_sequences:
+        job = replace(job, generated=_generated(source, job))
     tuning = None
     if recipe.tune is not None:
         calibration, held_out = job.held_apart()
@@ -120,6 +129,20 @@ def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) ->
     with clock.phase("tune"):
         report = tuning.tune(source.model, work.anatomy, recipe.tune)
     return replace(made, tuning=report)
+
+
+def _generated(source: ProfiledModel, job: Job) -> tuple[Tensor, ...]:
+    """What the original model goes on with, from places of the calibration text."""
+    recipe, (text, _) = job.recipe, job.held_apart()
+    text.check_vocabulary(num_embeddings(source.model))
+    with job.clock.phase("generate"):
+        return generate_windows(
+            source.model,
+            text,
+            recipe.generated_sequences,
+            recipe.calibration.seed,
+            job.options.batch_size,
+        ).windows
 
 
 def _make(
@@ -215,11 +238,12 @@ def _passing_profile(
     spectra_only: bool = False,
 ) -> Profile:
     """Profile for ranks that need the spectra of all blocks; beside the output, gone at the end."""
-    recipe, windows = job.recipe.for_profile(), job.drawn().windows
-    assert windows is not None
+    recipe, (calibration, held_out) = job.recipe.for_profile(), job.held_apart()
     if recipe.allocation == "swift" and recipe.swift.importance_weight is None:
-        _, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
         require_held_out(held_out, "the calibration text")
+    drawn = TokenWindows((*calibration.windows, *(held_out.windows if held_out else ())))
+    parted = {"held_out_sequences": len(held_out.windows) if held_out else 0}
+    sample = recipe.calibration.model_copy(update=parted)
     passing = TemporaryDirectory(prefix=".slimrank-", dir=job.beside)
     path = Path(job.stack.enter_context(passing)) / "profile"
     spectra_only &= recipe.allocation != "swift"  # the search of that one makes models
@@ -227,8 +251,8 @@ def _passing_profile(
         path,
         source,
         work,
-        recipe,
-        windows,
+        recipe.model_copy(update={"calibration": sample}),
+        drawn,
         job.options,
         job.clock,
         spectra_only,

@@ -168,7 +168,8 @@ def calibration_memory(
     if needs or recipe.is_sequential:
         sample = recipe.calibration
         hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-        tokens = sample.num_sequences * sample.sequence_length
+        count = sample.num_sequences + recipe.generated_sequences
+        tokens = count * sample.sequence_length
         result["hidden_states"] = tokens * hidden * width
         # Two accumulators each (all batches, last batch), and their results.
         result["moments"] = max(

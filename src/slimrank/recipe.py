@@ -114,6 +114,7 @@ EFFORTS: Mapping[Any, Mapping[str, Any]] = MappingProxyType(
             "method": "kfac-svd",
             "allocation": "global",
             "passes": 2,
+            "generated_sequences": 128,
             "refine": "fast",
             "tune": {"epochs": 8},
         },
@@ -243,7 +244,8 @@ class CompressionRecipe(_Frozen):
     effort : {'fast', 'balanced', 'best'}
         Settles method and allocation where neither is given: 'fast' takes one pass over the text
         (swift-svd, uniform ranks), 'balanced' a pass backwards too (kfac-svd, global ranks), and
-        'best' passes twice, and trains the blocks one by one and together, unless told otherwise.
+        'best' passes twice, lets the model write half of the tokens itself, and trains the blocks
+        one by one and together, unless told otherwise.
         Where it is not looked at, the method is swift-svd and ranks are uniform.
     method : str
         A name from `slimrank.methods.METHODS`.
@@ -261,6 +263,9 @@ class CompressionRecipe(_Frozen):
     passes : {1, 2}
         With 2, compress a copy first, take moments and gradients there too, and make the model from
         the mean of both (see `slimrank.second_look`).
+    generated_sequences : int
+        Further sequences to calibrate on, which the model writes itself (see
+        `slimrank.calibration.generate_windows`).
     within_block : {'fixed', 'greedy'}
         Keep the ranks of the allocation, or share each block's parameters out anew once what
         arrives at it is known (see `slimrank.allocation.greedy`).
@@ -311,6 +316,7 @@ class CompressionRecipe(_Frozen):
     global_ranks: GlobalRecipe = GlobalRecipe()
     gradients: GradientRecipe = GradientRecipe()
     passes: Literal[1, 2] = 1
+    generated_sequences: int = Field(default=0, ge=0)
     within_block: Literal["fixed", "greedy"] = "fixed"
     order: Literal["one-shot", "sequential"] | None = None
     ridge: float | None = Field(default=None, ge=0, le=1)
@@ -363,6 +369,10 @@ class CompressionRecipe(_Frozen):
                 )
         if self.passes == 2:
             self._second_pass_is_used()
+        if self.generated_sequences and not self._looks_at_text:
+            raise RecipeError(
+                f"sequences are to be generated, but {self.method} with uniform ranks looks at none"
+            )
         if self.order == "one-shot" and (self.refines or self.within_block == "greedy"):
             what = "refinement" if self.refines else "--within-block greedy"
             raise RecipeError(f"{what} takes the blocks one after the other: --order sequential")
@@ -381,6 +391,10 @@ class CompressionRecipe(_Frozen):
                 f"two passes are asked for, but {self.method} with uniform ranks takes nothing of "
                 "the second"
             )
+
+    @property
+    def _looks_at_text(self) -> bool:
+        return bool(self.needs) or self.refines or self.tune is not None
 
     @property
     def refines(self) -> bool:
@@ -452,6 +466,7 @@ class CompressionRecipe(_Frozen):
                 "anchor": 1.0,
                 "ridge": ridge,
                 "passes": 1,
+                "generated_sequences": 0,
                 "order": None,
                 "within_block": "fixed",
                 "refine": RefineRecipe(),

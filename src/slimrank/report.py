@@ -87,7 +87,8 @@ class LinearReport(_Frozen):
         keeps the measured losses of all ranks, but not the moments.
     token_check : float or None
         Relative gap between the error of the stored factors on the tokens of the last batch, taken
-        token by token, and the same error from that batch's second moment.
+        token by token, and the same error from that batch's second moment. In sequential order, of
+        the last sequence, in 16 random directions of the outputs.
     jitter : float
         Added to the moment's diagonal, 0.0 if nothing was.
     seconds : float

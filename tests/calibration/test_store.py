@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from slimrank.calibration import ActivationStore, stacked
+from slimrank.calibration import ActivationStore, stacked, together
 from slimrank.errors import CheckpointError
 
 DTYPES = (
@@ -269,3 +269,36 @@ def test_stacked_in_the_order_that_is_asked_for(tmp_path, limit):
         assert batch.tolist() == [[2.0] * 4, [0.0] * 4, [3.0] * 4]
         batch.zero_()
         assert store.get(("kind", "name", 2)).tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_rows_of_a_batch_are_kept_one_by_one(tmp_path, limit):
+    batch = torch.arange(12.0).view(3, 4)
+    with ActivationStore(limit, tmp_path) as store:
+        store.put(("kind", 7), filled(1))
+        store.put_rows(("kind",), [5, 7, 6], batch)
+        assert store.bytes_in_memory + store.bytes_on_disk == 48
+        batch.zero_()
+        assert store.get(("kind", 7)).tolist() == [4.0, 5.0, 6.0, 7.0]
+        store.drop(("kind", 5))
+        assert store.bytes_in_memory + store.bytes_on_disk == 32
+        store.move("kind", "other")
+        assert store.get(("other", 6)).tolist() == [8.0, 9.0, 10.0, 11.0]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("asked", [[0, 1, 2], [1, 2], [2, 1], [0, 2], [1], [1, 3], [3, 0]])
+def test_together_is_stacked(tmp_path, limit, asked):
+    with ActivationStore(limit, tmp_path) as store:
+        store.put_rows(("kind",), [0, 1, 2], torch.arange(12.0).view(3, 2, 2))
+        store.put(("kind", 3), filled(9, 4).view(2, 2))
+        expected = stacked(store, ("kind",), asked)
+        assert torch.equal(together(store, ("kind",), asked), expected)
+
+
+def test_together_copies_nothing_that_lies_together():
+    store = ActivationStore()
+    store.put_rows(("kind",), [0, 1, 2], torch.arange(12.0).view(3, 4))
+    first = store.get(("kind", 1)).data_ptr()
+    assert together(store, ("kind",), [1, 2]).data_ptr() == first
+    assert together(store, ("kind",), [1, 0]).data_ptr() != first

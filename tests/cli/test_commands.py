@@ -1,6 +1,7 @@
 """The commands do what they say, on a tiny model, and flags and YAML say the same thing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ runner = CliRunner()
 SMALL = ["--effort", "fast", "--num-sequences", "4", "--sequence-length", "32"]
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("the cat sat on the mat and the dog ran to the tree . " * 200)
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the cat sat on the mat and the dog ran to the tree . " * 40)
     return path
 
 
@@ -30,11 +31,18 @@ def run(*arguments: object) -> str:
     return result.stdout
 
 
-@pytest.fixture
-def compressed(dense_folder: Path, text: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def made(dense_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed folder, not to be changed."""
+    out = tmp_path_factory.mktemp("made") / "out"
     run("compress", dense_folder, out, "--keep", 0.6, "--calibration", text, *SMALL)
     return out
+
+
+@pytest.fixture
+def compressed(made: Path, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "out"))
 
 
 def test_compress_prints_the_budget_line_and_writes_a_folder(
@@ -167,11 +175,12 @@ def test_a_flag_changes_the_refinement_of_a_recipe(tmp_path):
 
 def test_two_passes_and_tuning_from_the_command_line(dense_folder, text, tmp_path):
     out = tmp_path / "out"
-    arguments = ["--keep", 0.6, "--passes", 2, "--tune", 1, "--calibration", text]
+    arguments = ["--keep", 0.6, "--passes", 2, "--generate", 3, "--tune", 1, "--calibration", text]
     printed = run("compress", dense_folder, out, *arguments, "--held-out-sequences", 2, *SMALL)
     report = slimrank.CompressionReport.model_validate_json((out / "report.json").read_text())
     found = report.tuning
     assert (report.recipe.passes, report.recipe.tune.epochs) == (2, 1)
+    assert report.recipe.generated_sequences == 3
     kept = found.epochs[0].held_out_loss if found.kept_epoch else found.start_held_out_loss
     assert f"held-out text {found.start_held_out_loss:.4f} -> {kept:.4f} nats a token" in printed
     assert f"all blocks trained together for {found.kept_epoch} epochs" in printed
@@ -194,7 +203,7 @@ def test_a_sequential_run_prints_its_blocks(dense_folder, text, tmp_path):
             str(block.refinement.kept_epoch),
         ]
         assert any(line.split()[:5] == cells for line in printed.splitlines())
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 def test_ranks_by_threshold_are_told(dense_folder, text, tmp_path):

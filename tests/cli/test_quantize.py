@@ -12,19 +12,24 @@ from slimrank.cli import app
 runner = CliRunner()
 
 
+def assert_others_read(out, seen, text_file):
+    """`inspect` says of a folder what is to be `seen`, and `evaluate` measures it."""
+    inspected = runner.invoke(app, ["inspect", str(out)])
+    assert inspected.exit_code == 0, inspected.output
+    assert seen in inspected.stdout
+    short = ["--sequence-length", "64", "--num-windows", "2"]
+    measured = runner.invoke(app, ["evaluate", str(out), "--text", str(text_file), *short])
+    assert measured.exit_code == 0, measured.output
+    assert "perplexity" in measured.stdout
+
+
 def test_it_writes_prints_and_is_read_by_the_others(compressed_folder, text_file, tmp_path):
     out = tmp_path / "int8"
     done = runner.invoke(app, ["quantize", str(compressed_folder), str(out), "--bits", "8"])
     assert done.exit_code == 0, done.output
     assert "lost by rounding" in done.stdout
     assert f"wrote {out}" in done.stdout.replace("\n", "")
-    seen = runner.invoke(app, ["inspect", str(out)])
-    assert seen.exit_code == 0, seen.output
-    assert "linears in 8 bits" in seen.stdout
-    short = ["--sequence-length", "64", "--num-windows", "2"]
-    measured = runner.invoke(app, ["evaluate", str(out), "--text", str(text_file), *short])
-    assert measured.exit_code == 0, measured.output
-    assert "perplexity" in measured.stdout
+    assert_others_read(out, "linears in 8 bits", text_file)
 
 
 def test_json_is_what_the_folder_holds(compressed_folder, tmp_path):
@@ -43,13 +48,7 @@ def test_remapped_factors_are_read_by_the_others(
     tiny_tokenizer.save_pretrained(folder)
     done = runner.invoke(app, ["quantize", str(folder), str(out), "--packing", "remapped"])
     assert done.exit_code == 0, done.output
-    seen = runner.invoke(app, ["inspect", str(out)])
-    assert seen.exit_code == 0, seen.output
-    assert "linears in 8 bits, remapped" in seen.stdout
-    short = ["--sequence-length", "64", "--num-windows", "2"]
-    measured = runner.invoke(app, ["evaluate", str(out), "--text", str(text_file), *short])
-    assert measured.exit_code == 0, measured.output
-    assert "perplexity" in measured.stdout
+    assert_others_read(out, "linears in 8 bits, remapped", text_file)
 
 
 @pytest.mark.parametrize(

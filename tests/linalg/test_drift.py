@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimrank.errors import NumericalError
-from slimrank.linalg import DriftAccumulator
+from slimrank.linalg import DriftAccumulator, MomentAccumulator
 from slimrank.linalg.moments import SMALL_BLOCK
 from tolerances import TOLERANCE
 
@@ -313,3 +313,27 @@ def test_a_result_is_a_snapshot():
     accumulator.update(torch.tensor([[4.0]]), torch.tensor([[1.0]]))
     assert first.tolist() == [[1.0]]
     assert accumulator.result().tolist() == [[2.0]]
+
+
+@given(
+    sizes=st.lists(st.sampled_from([1, 20, SMALL_BLOCK, 150]), min_size=1, max_size=4),
+    heavy=st.booleans(),
+    equal_first=st.booleans(),
+    seed=SEEDS,
+)
+@relaxed
+def test_what_the_moments_have_centred_serves_as_well(sizes, heavy, equal_first, seed):
+    x, z = pair(seed, sum(sizes), 5, dtype=torch.float32)
+    x, z = x + 30, z + 30
+    if heavy:
+        x[0], z[-1] = 1e4 * x[0], 1e4 * z[-1]
+    if equal_first:
+        x[: sizes[0]] = z[: sizes[0]]
+    moments, drift = MomentAccumulator(5), DriftAccumulator(5)
+    for one, other in zip(x.split(sizes), z.split(sizes), strict=True):
+        drift.update(one, other, moments.update(other))
+    assert drift.tokens == len(x)
+    if torch.equal(x, z):
+        assert drift.result() is None
+    else:
+        assert_near(drift.result(), x, z, float32_bound(len(x)))

@@ -64,9 +64,9 @@ def test_result_is_the_mean_of_outer_products(width, tokens, seed):
     assert_near(found.original, inputs, EXACT)
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("width", [1, 2, 5, 7, 8, 9, 15, 16, 17])
 def test_any_width_is_filled_whatever_the_stripes(width):
-    assert STRIPES == 4
+    assert STRIPES == 8
     inputs = normal(width, 6, width)
     assert_near(moments_of(inputs).original, inputs, EXACT)
 

@@ -1,6 +1,9 @@
 """Damage to folders, and what a model says."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,3 +34,20 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     values = json.loads(path.read_text())
     change(values["quantization_config"])
     path.write_text(json.dumps(values))
+
+
+def error_without_slimrank(folder: Path) -> str:
+    """Load a folder in a process that never imports slimrank; what that says when it fails."""
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM as A; "
+        "A.from_pretrained(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode != 0
+    return done.stderr

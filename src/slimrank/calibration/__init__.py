@@ -1,6 +1,7 @@
 """Text to activations to moments."""
 
 from slimrank.calibration.backward import loss_scale
+from slimrank.calibration.generated import generate_windows
 from slimrank.calibration.gradient_sums import BlockGradients
 from slimrank.calibration.gradients import (
     MEAN_GRADIENT,
@@ -33,7 +34,7 @@ from slimrank.calibration.replay import (
 from slimrank.calibration.rest import FINAL, RestOfModel, keep_final
 from slimrank.calibration.sensitivity import output_sensitivity
 from slimrank.calibration.shifted import pass_level, pass_shifted
-from slimrank.calibration.store import ActivationStore, stacked
+from slimrank.calibration.store import ActivationStore, stacked, together
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams, embed_streams
 from slimrank.calibration.sums import GroupSums
 from slimrank.calibration.text import packaged_text, read_text
@@ -81,6 +82,7 @@ __all__ = [
     "embed_streams",
     "from_padded",
     "gap_on_tokens",
+    "generate_windows",
     "hold_out",
     "keep_final",
     "keep_gradients",
@@ -94,4 +96,5 @@ __all__ = [
     "run_block",
     "stacked",
     "step_forward",
+    "together",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.calibration.endings import Ending, leading_tensor
-from slimrank.calibration.store import ActivationStore, stacked
+from slimrank.calibration.store import ActivationStore, stacked, together
 
 FINISHED, HELD = "finished", "held"
 
@@ -93,13 +93,15 @@ class _Again:
     def known(self) -> Any:
         """What it gave before."""
         items = self.store.get((FINISHED, self.name, "items", self.numbers[0]))
-        return _returned(self._stacked(FINISHED, self.name), int(items))
+        states = stacked(self.store, (FINISHED, self.name), self.numbers)
+        return _returned(states.to(self._device), int(items))
 
     def ended(self) -> Any:
         """What its last linear gives."""
         assert self.ending is not None
         linear = self.child.get_submodule(self.ending.linear.removeprefix(f"{self.name}."))
-        output = _returned(linear(self._stacked(HELD, self.ending.linear)), self.ending.items)
+        held = together(self.store, (HELD, self.ending.linear), self.numbers)
+        output = _returned(linear(held.to(self._device)), self.ending.items)
         self.after(self.child, (), output)
         for number in self.numbers:
             self.store.drop((HELD, self.ending.linear, number))
@@ -110,13 +112,13 @@ class _Again:
         led = leading_tensor(output)
         if self.seen or led is None or len(led[0]) != len(self.numbers):
             return
-        for number, states in zip(self.numbers, led[0], strict=True):
-            self.store.put((FINISHED, self.name, number), states)
+        self.store.put_rows((FINISHED, self.name), self.numbers, led[0])
+        for number in self.numbers:
             self.store.put((FINISHED, self.name, "items", number), torch.tensor(led[1]))
 
-    def _stacked(self, kind: str, name: str) -> Tensor:
-        device = next(self.child.parameters()).device
-        return stacked(self.store, (kind, name), self.numbers).to(device)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.child.parameters()).device
 
 
 def _returned(states: Tensor, items: int) -> Any:

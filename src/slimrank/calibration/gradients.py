@@ -160,8 +160,7 @@ def _step_forward(block: nn.Module, index: int, streams: Streams) -> None:
     for numbers in streams.groups(streams.calibration):
         states = stacked(streams.store, (_entering(index),), numbers)
         hidden = call_block(block, states, streams.call(index, numbers))
-        for number, left in zip(numbers, hidden, strict=True):
-            streams.store.put((_entering(index + 1), number), left)
+        streams.store.put_rows((_entering(index + 1),), numbers, hidden)
 
 
 def _step_back(block: nn.Module, index: int, sums: BlockGradientSums, streams: Streams) -> None:
@@ -178,5 +177,4 @@ def _step_back(block: nn.Module, index: int, sums: BlockGradientSums, streams: S
             with_inputs=sums.needs_inputs,
         )
         sums.add(pulled, gradient.shape[1] - 1)
-        for number, entering in zip(numbers, pulled.entering, strict=True):
-            streams.store.put((GRADIENT, number), entering)
+        streams.store.put_rows((GRADIENT,), numbers, pulled.entering)

@@ -109,8 +109,7 @@ def pass_original(
                 if "shifted" in needs:
                     stack.enter_context(noting_endings(pair.original, names, endings))
             hidden = run_stream(pair.original, pair.index, streams, ORIGINAL, numbers)
-        for number, states in zip(numbers, hidden, strict=True):
-            streams.store.put((TARGET, number), states)
+        streams.store.put_rows((TARGET,), numbers, hidden)
     found.energies = {f"{pair.path}.{name}": energy.mean for name, energy in outputs.items()}
     pair.endings.update({child: ending for child, ending in endings.items() if ending is not None})
     return found
@@ -181,8 +180,7 @@ def _takers(
             found.sums[name].add(inputs, None, is_last)
         if "shifted" in needs:
             paired = by_sequence(name, inputs, streams, numbers)
-            for number, rows in zip(numbers, paired, strict=True):
-                streams.store.put((INPUT, name, number), rows)
+            streams.store.put_rows((INPUT, name), numbers, paired)
         elif is_last:
             streams.store.put((INPUT, name, numbers[0]), inputs.reshape(-1, inputs.shape[-1]))
 

@@ -37,8 +37,7 @@ def keep_final(model: nn.Module, anatomy: Anatomy, streams: Streams) -> None:
         hidden = stacked(streams.store, (ORIGINAL,), numbers)
         for index, block in enumerate(blocks_of(model, anatomy)):
             hidden = call_block(block, hidden, streams.call(index, numbers))
-        for number, states in zip(numbers, hidden, strict=True):
-            streams.store.put((FINAL, number), states)
+        streams.store.put_rows((FINAL,), numbers, hidden)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from slimrank.calibration.lockstep import (
     by_sequence,
     run_stream,
 )
-from slimrank.calibration.store import stacked
+from slimrank.calibration.store import together
 from slimrank.calibration.streams import SHIFTED, Streams
 from slimrank.calibration.sums import BlockErrorSums, GroupSums
 from slimrank.errors import NumericalError
@@ -117,9 +117,8 @@ def pass_shifted(
         again = {} if is_held_out else finished
         with given_again(again, pair.endings, streams.store, numbers, {""}):
             hidden = run_stream(pair.compressed, pair.index, streams, SHIFTED, numbers)
-        sums[is_held_out].add(stacked(streams.store, (TARGET,), numbers).to(hidden.device), hidden)
-        for number, states in zip(numbers, hidden, strict=True):
-            streams.store.put((NEXT, number), states)
+        sums[is_held_out].add(together(streams.store, (TARGET,), numbers).to(hidden.device), hidden)
+        streams.store.put_rows((NEXT,), numbers, hidden)
     for total in sums:
         if not total.is_finite:
             raise NumericalError(f"the outputs of {pair.path} are not finite")
@@ -144,7 +143,7 @@ class _Level:
         original, arriving = None, inputs
         if "original" in self.needs:
             arriving = by_sequence(name, inputs, self.streams, numbers)
-            original = stacked(store, (INPUT, name), numbers).to(inputs.device)
+            original = together(store, (INPUT, name), numbers).to(inputs.device)
         self.sums[name].add(original, arriving, is_last)
         if is_last:
             store.put((ARRIVED, name, numbers[0]), inputs.reshape(-1, inputs.shape[-1]))
@@ -161,8 +160,7 @@ class _Level:
         """Keep the inputs of a linear that a child of the block ends in."""
         ends = any(ending.linear == linear for ending in self.pair.endings.values())
         if ends and len(inputs) == len(numbers):
-            for number, rows in zip(numbers, inputs, strict=True):
-                self.streams.store.put((HELD, linear, number), rows)
+            self.streams.store.put_rows((HELD, linear), numbers, inputs)
 
 
 def _finished(

@@ -1,7 +1,7 @@
 """Activations by key: in memory up to a limit, on disk beyond it."""
 
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import torch
@@ -77,6 +77,32 @@ class ActivationStore:
         self._files[key] = (path, size)
         self.bytes_on_disk += size
 
+    def put_rows(self, kind: tuple[Hashable, ...], sequences: Sequence[int], batch: Tensor) -> None:
+        """Keep the rows of a batch under ``(*kind, sequence)``; copied at once where all fit.
+
+        Parameters
+        ----------
+        kind : tuple
+        sequences : sequence of int
+        batch : Tensor of shape (sequences, ...)
+
+        Raises
+        ------
+        CheckpointError
+            If the disk is full.
+        """
+        keys = [(*kind, number) for number in sequences]
+        for key in keys:
+            self.drop(key)
+        size = batch.numel() * batch.element_size()
+        if self.limit is not None and self.bytes_in_memory + size > self.limit:
+            for key, row in zip(keys, batch, strict=True):
+                self.put(key, row)
+            return
+        rows = batch.detach().to("cpu", copy=True).contiguous().unbind()
+        self._tensors.update(zip(keys, rows, strict=True))
+        self.bytes_in_memory += size
+
     def get(self, key: Hashable) -> Tensor:
         """What is kept under a key; not to be changed."""
         if key in self._tensors:
@@ -123,5 +149,28 @@ class ActivationStore:
 
 
 def stacked(store: ActivationStore, kind: tuple[Hashable, ...], sequences: list[int]) -> Tensor:
-    """Batch of what is kept for some sequences under ``(*kind, sequence)``."""
+    """Batch of what is kept for some sequences under ``(*kind, sequence)``; may be changed."""
     return torch.stack([store.get((*kind, number)) for number in sequences])
+
+
+def together(store: ActivationStore, kind: tuple[Hashable, ...], sequences: list[int]) -> Tensor:
+    """The same, not to be changed: rows that were put as one batch are not copied.
+
+    Examples
+    --------
+    >>> store = ActivationStore()
+    >>> store.put_rows(("input",), (3, 4), torch.eye(2))
+    >>> batch = together(store, ("input",), [3, 4])
+    >>> batch.tolist(), batch.data_ptr() == store.get(("input", 3)).data_ptr()
+    ([[1.0, 0.0], [0.0, 1.0]], True)
+    """
+    rows = [store.get((*kind, number)) for number in sequences]
+    first, step = rows[0], rows[0].numel()
+    for place, row in enumerate(rows):
+        is_next = row.storage_offset() == first.storage_offset() + place * step
+        alike = row.shape == first.shape and row.is_contiguous()
+        if not (
+            alike and is_next and row.untyped_storage()._cdata == first.untyped_storage()._cdata
+        ):
+            return torch.stack(rows)
+    return first.as_strided((len(rows), *first.shape), (step, *first.stride()))

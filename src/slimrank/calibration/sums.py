@@ -44,9 +44,9 @@ class GroupSums:
         arriving = original if shifted is None else shifted
         assert arriving is not None
         with inputs_of(self.group.sites[0].name):
-            self._moments[is_last].update(arriving)
+            centred = self._moments[is_last].update(arriving)
             if original is not None and shifted is not None:
-                self._drifts[is_last].update(original, shifted)
+                self._drifts[is_last].update(original, shifted, centred)
 
     def results(self) -> tuple[Moments, Moments]:
         """Over all tokens, and over the last sequence."""

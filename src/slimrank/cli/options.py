@@ -116,6 +116,15 @@ Passes = Annotated[
         "small sizes, for twice the time. [default: as the effort says, 1 beside --method]"
     ),
 ]
+Generate = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SEQUENCES",
+        min=0,
+        help="Let the model write as many sequences more, and calibrate on them too; better where "
+        "text is short or of one kind. [default: as the effort says, 0 beside --method]",
+    ),
+]
 Refine = Annotated[
     str | None,
     typer.Option(

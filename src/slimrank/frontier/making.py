@@ -73,7 +73,8 @@ def served_by_profile(recipe: CompressionRecipe) -> CompressionRecipe | None:
     """
     wanted = recipe.for_profile()
     is_built = wanted == recipe and not recipe.is_sequential
-    if recipe.passes == 2 or (not is_built and recipe.allocation == "uniform"):
+    is_of_text_alone = recipe.passes == 1 and not recipe.generated_sequences
+    if not is_of_text_alone or (not is_built and recipe.allocation == "uniform"):
         return None
     plain: dict[str, Any] = {
         "budget": BudgetRecipe(param_ratio=1.0),

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from slimrank.linalg.moments import (
     SMALL_BLOCK,
+    Centred,
     add_product,
     heavy_tokens,
     require_squarable,
@@ -42,7 +43,10 @@ class DriftAccumulator:
         self._products: Tensor | None = None
 
     def update(
-        self, original: Float[Tensor, "*batch features"], shifted: Float[Tensor, "*batch features"]
+        self,
+        original: Float[Tensor, "*batch features"],
+        shifted: Float[Tensor, "*batch features"],
+        centred: Centred | None = None,
     ) -> None:
         """Add a block of tokens, the same in both streams.
 
@@ -50,6 +54,9 @@ class DriftAccumulator:
         ----------
         original, shifted : Tensor of shape (..., features)
             Any floating dtype. Not changed.
+        centred : Centred, optional
+            What `MomentAccumulator.update` gave for the shifted ones; worked out here if left out,
+            and not to be used afterwards.
 
         Raises
         ------
@@ -62,20 +69,28 @@ class DriftAccumulator:
         x, z = (x.double(), z.double()) if exact else (x.float(), z.float())
         drift = x - z
         sizes = require_squarable(drift)
-        require_squarable(z)
-        self.tokens += len(z)
         if not sizes.any():
+            self.tokens += len(z)
             return
-        if not self._is_centred and len(z) >= SMALL_BLOCK:
-            self._move_centre(typical_mean(z).float().to(self._centre))
-        centred = z - self._centre.to(z)
-        heavy = heavy_tokens(torch.linalg.vector_norm(centred, dim=1))
-        heavy |= heavy_tokens(sizes)
+        centred = centred or self._centred(z)
+        if centred.centre is not self._centre:
+            self._move_centre(centred.centre)
+        heavy, about = centred.heavy | heavy_tokens(sizes), centred.tokens
+        self.tokens += len(z)
         if heavy.any():
             exactly = x[heavy].double() - z[heavy].double()
             self._add(exactly, z[heavy].double() - self._centre.to(z.device))
-            drift[heavy] = centred[heavy] = 0
-        self._add(drift, centred)
+            drift[heavy] = about[heavy] = 0
+        self._add(drift, about)
+
+    def _centred(self, z: Tensor) -> Centred:
+        """The block about the centre, which ordinary tokens of the first large one settle."""
+        centre = self._centre
+        if not self._is_centred and len(z) >= SMALL_BLOCK:
+            require_squarable(z)
+            centre = typical_mean(z).float().to(self._centre)
+        about = z - centre.to(z)
+        return Centred(about, centre, heavy_tokens(require_squarable(about)))
 
     def merge(self, other: "DriftAccumulator") -> None:
         """Add what another accumulator saw. Order does not matter beyond rounding."""
@@ -99,7 +114,7 @@ class DriftAccumulator:
     def _move_centre(self, centre: Float[Tensor, " features"]) -> None:
         if self._products is not None:
             self._products.addr_(self._first, self._centre - centre)
-        self._centre, self._is_centred = centre.clone(), True
+        self._centre, self._is_centred = centre, True
 
     def _add(self, drift: Tensor, centred: Tensor) -> None:
         self._first += drift.sum(dim=0).to(self._first)

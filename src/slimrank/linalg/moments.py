@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from slimrank.errors import NumericalError
 
-STRIPES = 4
+STRIPES = 8
 HEAVY = 64.0
 SMALL_BLOCK = 64
 TILE = 256
@@ -98,6 +98,22 @@ class Moments:
         return replace(self, original=original, shifted=shifted, ridge=self.ridge + size)
 
 
+@dataclass(frozen=True, slots=True)
+class Centred:
+    """A block of tokens about a centre; heavy ones, which were multiplied apart, are zero.
+
+    Parameters
+    ----------
+    tokens : Tensor of shape (tokens, features), float32 or float64
+    centre : Tensor of shape (features,), float64
+    heavy : Tensor of shape (tokens,), bool
+    """
+
+    tokens: Float[Tensor, "tokens features"]
+    centre: Float[Tensor, " features"]
+    heavy: Bool[Tensor, " tokens"]
+
+
 class MomentAccumulator:
     """Running sum of ``x xᵀ`` over tokens: float32 products, float64 sums, lower triangle only.
 
@@ -132,13 +148,18 @@ class MomentAccumulator:
         self._first = torch.zeros(features, dtype=torch.float64, device=device)
         self._second = torch.zeros(features, features, dtype=torch.float64, device=device)
 
-    def update(self, inputs: Float[Tensor, "*batch features"]) -> None:
+    def update(self, inputs: Float[Tensor, "*batch features"]) -> "Centred | None":
         """Add a block of tokens.
 
         Parameters
         ----------
         inputs : Tensor of shape (..., features)
             Any floating dtype; all leading axes are tokens. Not changed.
+
+        Returns
+        -------
+        Centred or None
+            The block as it was multiplied, for `DriftAccumulator`; None if it has no tokens.
 
         Raises
         ------
@@ -147,20 +168,21 @@ class MomentAccumulator:
         """
         tokens = inputs.detach().reshape(-1, self.features)
         if tokens.shape[0] == 0:
-            return
+            return None
         exact = tokens.dtype == torch.float64 or len(tokens) < SMALL_BLOCK
         tokens = tokens.double() if exact else tokens.float()
-        require_squarable(tokens)
         if not self._is_centred and len(tokens) >= SMALL_BLOCK:
+            require_squarable(tokens)
             self._move_centre(typical_mean(tokens))
         centre = self._centre.to(tokens)
         centred = tokens - centre
-        heavy = heavy_tokens(torch.linalg.vector_norm(centred, dim=1))
+        heavy = heavy_tokens(require_squarable(centred))
         if heavy.any():
             self._add(tokens[heavy].double() - centre.double())
             centred[heavy] = 0
         self._add(centred)
         self.tokens += len(tokens)
+        return Centred(centred, self._centre, heavy)
 
     def _move_centre(self, centre: Float[Tensor, " features"]) -> None:
         """Take what was summed so far about another centre, one that float32 holds exactly."""

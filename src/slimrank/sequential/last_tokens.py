@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from slimrank.calibration import ARRIVED, INPUT, Streams, gap_on_tokens
-from slimrank.linalg import Moments, anchored_loss, output_loss
+from slimrank.linalg import Factors, Moments, anchored_loss, output_loss
 from slimrank.methods import Method
 from slimrank.model import InputGroup
 from slimrank.nn import LowRankLinear
+
+DIRECTIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class LastTokens:
     def check(self, name: str, weight: Tensor, layer: LowRankLinear, method: Method) -> float:
         """Hold the loss by the moments against the error of a replacement, token by token.
 
+        Both are taken in a few random directions of the outputs: each is a loss of its own, by the
+        same moments, so that a moment that does not fit its tokens shows in any of them.
+
         Parameters
         ----------
         name : str
@@ -68,25 +73,33 @@ class LastTokens:
             If they disagree (see `slimrank.calibration.gap_on_tokens`).
         """
         drift, anchor = self.moments.drift, getattr(method, "anchor", 1.0)
-        factors, dense = layer.factors(), weight.detach().float()
-        outputs = self.original @ dense.mT
+        dense, compressed = _in_directions(weight.detach(), layer.factors())
+        outputs = self.original @ dense.float().mT
         energy = wanted_energy = _energy(outputs)
         wanted = outputs
         if drift is not None and anchor != 1:
-            wanted = outputs + (1 - anchor) * ((self.arriving - self.original) @ dense.mT)
+            wanted = outputs + (1 - anchor) * ((self.arriving - self.original) @ dense.float().mT)
             wanted_energy = _energy(wanted)
-        given = self.arriving @ factors.right.float().mT @ factors.left.float().mT
-        seen = _energy(wanted - given)
+        seen = _energy(wanted - self.arriving @ compressed.right.float().mT)
         least = 1e-6 * wanted_energy
         if drift is None:  # whatever metric the method has: the moments are what is checked
-            expected = output_loss(weight, factors, self.moments.arriving)
+            expected = output_loss(dense, compressed, self.moments.arriving)
         else:
             known = replace(self.moments, output_energy=energy)
-            expected = anchored_loss(weight, factors, known, anchor)
+            expected = anchored_loss(dense, compressed, known, anchor)
         if drift is not None and seen < 1e-2 * wanted_energy:
             # The loss is then a difference of energies, known to 1e-7 of them.
-            least = 1e-4 * (wanted_energy + _energy(self.arriving @ dense.mT))
+            least = 1e-4 * (wanted_energy + _energy(self.arriving @ dense.float().mT))
         return gap_on_tokens(name, seen, expected, least)
+
+
+def _in_directions(weight: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
+    """The parts of both maps along the same random directions of their outputs; float64."""
+    generator = torch.Generator().manual_seed(0)
+    sketch = torch.randn(DIRECTIONS, len(weight), generator=generator, dtype=torch.float64)
+    sketch = sketch.to(weight.device)
+    right = (sketch @ factors.left.double()) @ factors.right.double()
+    return sketch @ weight.double(), Factors(torch.eye(DIRECTIONS).to(right), right)
 
 
 def _energy(outputs: Tensor) -> float:
