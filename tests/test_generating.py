@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slimrank import CompressionRecipe, compress
+from slimrank import CompressionOptions, CompressionRecipe, compress
 from slimrank.calibration import TokenWindows, generate_windows, hold_out
 from slimrank.errors import NumericalWarning, RecipeError
 from slimrank.frontier.making import served_by_profile
@@ -59,11 +59,27 @@ def test_what_is_held_out_stays_so_when_text_is_short(make_model, make_recipe, m
     assert report.tokens == (2 + 9) * 24
 
 
-def test_text_of_the_recipe(make_model, make_recipe, tiny_tokenizer):
-    recipe = make_recipe(method="swift-svd", generated_sequences=4)
-    report = compress(make_model("llama"), recipe, tokenizer=tiny_tokenizer)
+def test_text_of_the_recipe_and_what_is_said_of_it(
+    make_model, make_recipe, tiny_tokenizer, tmp_path
+):
+    recipe, tracked = make_recipe(method="swift-svd", generated_sequences=4), []
+
+    def track(steps, what):
+        tracked.append(what)
+        return steps
+
+    report = compress(
+        make_model("llama"),
+        recipe,
+        tokenizer=tiny_tokenizer,
+        out=tmp_path / "out",
+        options=CompressionOptions(track=track),
+    )
     assert report.tokens == (8 + 4) * 32
     assert "generate" in report.seconds
+    assert "writing" in tracked
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "sample.txt; 4 sequences by the original model)" in card
 
 
 def test_a_method_that_looks_at_nothing_is_refused():

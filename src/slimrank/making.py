@@ -142,6 +142,7 @@ def _generated(source: ProfiledModel, job: Job) -> tuple[Tensor, ...]:
             recipe.generated_sequences,
             recipe.calibration.seed,
             job.options.batch_size,
+            job.options.track,
         ).windows
 
 

@@ -11,13 +11,19 @@ from torch import Tensor
 
 from slimrank.calibration.windows import TokenWindows, default_batch_size
 from slimrank.errors import ModelError
+from slimrank.options import Track
 
 PROMPT = 16
 
 
 @torch.no_grad()
 def generate_windows(
-    model: Any, text: TokenWindows, count: int, seed: int, batch_size: int | None = None
+    model: Any,
+    text: TokenWindows,
+    count: int,
+    seed: int,
+    batch_size: int | None = None,
+    track: Track = lambda steps, _what: steps,
 ) -> TokenWindows:
     """Let a model go on from random places of a text, by its plain distribution.
 
@@ -35,6 +41,8 @@ def generate_windows(
     batch_size : int, optional
         Sequences at once in a forward, about 4,096 tokens if left out; as one token each is run
         here, four times as many are written at once.
+    track : callable
+        Wraps the numbers of the batches, and shows how far they are.
 
     Raises
     ------
@@ -61,7 +69,9 @@ def generate_windows(
     prompts = _prompts(text, count, torch.Generator().manual_seed(seed))
     draws = _Draws(torch.Generator(device).manual_seed(seed))
     written: list[Tensor] = []
-    for batch in torch.split(prompts, size):
+    batches = torch.split(prompts, size)
+    for number in track(range(len(batches)), "writing"):
+        batch = batches[number]
         written.extend(_continued(model, batch.to(device), length, draws).cpu())
     return TokenWindows(tuple(written))
 

@@ -61,6 +61,8 @@ def model_card(report: CompressionReport, title: str) -> str:
     losses = [linear.measured_loss for linear in factorised]
     notes = "".join(f"\n- {warning}" for warning in report.warnings)
     source = ", ".join(report.recipe.calibration.source) or "the sample packaged with slimrank"
+    if report.recipe.generated_sequences:
+        source += f"; {report.recipe.generated_sequences} sequences by the original model"
     gguf = report.model.endswith(".gguf")
     local = gguf or Path(report.model).is_dir()
     return TEMPLATE.format(
