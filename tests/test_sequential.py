@@ -334,8 +334,8 @@ def test_moments_of_other_tokens_are_seen(make_model, make_recipe, text, monkeyp
     """A check that never fails would be none."""
     real = slimrank.calibration.sums.DriftAccumulator.update
 
-    def update(self, original, shifted):
-        real(self, original.flip(-2), shifted)
+    def update(self, original, shifted, centred):
+        real(self, original.flip(-2), shifted, centred)
 
     monkeypatch.setattr("slimrank.calibration.sums.DriftAccumulator.update", update)
     with pytest.raises(NumericalError, match=r"but their moments say .*; please report this model"):

@@ -135,7 +135,7 @@ class MomentAccumulator:
     Examples
     --------
     >>> accumulator = MomentAccumulator(2)
-    >>> accumulator.update(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+    >>> _ = accumulator.update(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
     >>> accumulator.result().original.tolist()
     [[1.0, 1.0], [1.0, 2.0]]
     """
