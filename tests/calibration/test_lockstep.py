@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from slimrank import LowRankLinear, TokenWindows
 from slimrank.calibration import (
@@ -317,6 +318,31 @@ def test_a_store_on_disk_gives_the_same_bits(family, make_model, windows, tmp_pa
         assert_same_bits(held, passed(Run(make_model(family), windows, store=store), BOTH))
         assert store.bytes_in_memory == 0
     assert list(tmp_path.iterdir()) == []
+
+
+class Overwriting(LlamaDecoderLayer):
+    """A block that leaves zeros in the hidden states that it is given."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = super().forward(hidden_states.clone(), *args, **kwargs)
+        hidden_states.zero_()
+        return output
+
+
+@pytest.mark.parametrize("needs", [SHIFT, BOTH], ids=["shifted", "both"])
+def test_a_block_may_write_over_what_it_is_given(make_model, windows, needs):
+    kept, overwritten = (Run(make_model("llama"), windows) for _ in range(2))
+    for layer in overwritten.model.model.layers:
+        layer.__class__ = Overwriting
+    assert_same_bits(passed(kept, needs), passed(overwritten, needs))
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_block_that_leaves_its_inputs_is_given_them_uncopied(make_model, windows, writes):
+    run = Run(make_model("llama"), windows)
+    if writes:
+        run.model.model.layers[0].__class__ = Overwriting
+    assert run.solve(0, BOTH)[0].leaves_inputs is not writes
 
 
 def flops_of(call):

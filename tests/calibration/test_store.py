@@ -302,3 +302,14 @@ def test_together_copies_nothing_that_lies_together():
     first = store.get(("kind", 1)).data_ptr()
     assert together(store, ("kind",), [1, 2]).data_ptr() == first
     assert together(store, ("kind",), [1, 0]).data_ptr() != first
+
+
+def test_what_is_given_away_is_kept_itself_if_it_fills_its_memory():
+    store, batch, part = ActivationStore(), torch.eye(3), torch.eye(4)[:2]
+    store.put_rows(("whole",), [0, 1, 2], batch, given_away=True)
+    store.put_rows(("part",), [0, 1], part, given_away=True)
+    store.put_rows(("copied",), [0, 1, 2], batch)
+    assert store.get(("whole", 0)).data_ptr() == batch.data_ptr()
+    assert store.get(("part", 0)).data_ptr() != part.data_ptr()
+    assert store.get(("copied", 0)).data_ptr() != batch.data_ptr()
+    assert store.bytes_in_memory == 9 * 4 + 8 * 4 + 9 * 4

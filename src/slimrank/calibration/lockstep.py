@@ -16,7 +16,7 @@ from slimrank.calibration.endings import Ending, noting_endings
 from slimrank.calibration.finished import FINISHED, HELD
 from slimrank.calibration.hooks import Taker, taking_inputs
 from slimrank.calibration.replay import call_block
-from slimrank.calibration.store import stacked
+from slimrank.calibration.store import stacked, together
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams
 from slimrank.calibration.sums import GroupSums, OutputEnergy
 from slimrank.errors import ModelError
@@ -25,7 +25,7 @@ from slimrank.model import InputGroup
 TARGET, INPUT, ARRIVED, NEXT = "target", "input", "arrived", "next"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BlockPair:
     """A block that stays as it is, and the one that is being compressed.
 
@@ -37,6 +37,9 @@ class BlockPair:
     original, compressed : nn.Module
     endings : dict of str to Ending
         By child of the block; filled in by `pass_original`.
+    leaves_inputs : bool or None
+        Whether the block writes nothing into the hidden states that it is given; None until it has
+        been seen.
     """
 
     index: int
@@ -44,6 +47,7 @@ class BlockPair:
     original: nn.Module
     compressed: nn.Module
     endings: dict[str, Ending] = field(default_factory=dict)
+    leaves_inputs: bool | None = None
 
     def local(self, name: str) -> str:
         """Name of a linear within the block."""
@@ -108,8 +112,8 @@ def pass_original(
                     stack.enter_context(energy.listening())
                 if "shifted" in needs:
                     stack.enter_context(noting_endings(pair.original, names, endings))
-            hidden = run_stream(pair.original, pair.index, streams, ORIGINAL, numbers)
-        streams.store.put_rows((TARGET,), numbers, hidden)
+            hidden = run_stream(pair, streams, ORIGINAL, numbers)
+        streams.store.put_rows((TARGET,), numbers, hidden, given_away=True)
     found.energies = {f"{pair.path}.{name}": energy.mean for name, energy in outputs.items()}
     pair.endings.update({child: ending for child, ending in endings.items() if ending is not None})
     return found
@@ -123,27 +127,31 @@ def step_forward(streams: Streams) -> None:
         streams.store.drop_kind(kind)
 
 
-def run_stream(
-    block: nn.Module, index: int, streams: Streams, stream: str, numbers: list[int]
-) -> Tensor:
-    """Outputs of a block for some sequences of a stream, on the block's device.
+def run_stream(pair: BlockPair, streams: Streams, stream: str, numbers: list[int]) -> Tensor:
+    """Outputs of a block for some sequences of its stream, on the block's device.
+
+    The first ones are given to it as a copy; where it leaves that as it was, none is made again.
 
     Parameters
     ----------
-    block : nn.Module
-    index : int
-        Its position.
+    pair : BlockPair
     streams : Streams
     stream : str
-        ``"original"`` or ``"shifted"``.
+        ``"original"``, for the block as it was, or ``"shifted"``.
     numbers : list of int
 
     Returns
     -------
     Tensor of shape (sequences, length, hidden)
     """
-    states = stacked(streams.store, (stream,), numbers)
-    return call_block(block, states, streams.call(index, numbers))
+    block = pair.original if stream == ORIGINAL else pair.compressed
+    read = together if pair.leaves_inputs else stacked
+    states = read(streams.store, (stream,), numbers)
+    version = states._version
+    hidden = call_block(block, states, streams.call(pair.index, numbers))
+    if pair.leaves_inputs is None:
+        pair.leaves_inputs = states._version == version
+    return hidden
 
 
 def by_sequence(name: str, inputs: Tensor, streams: Streams, numbers: list[int]) -> Tensor:

@@ -77,7 +77,7 @@ def pass_level(
             given_again(finished, pair.endings, streams.store, numbers, seen),
         ):
             try:
-                run_stream(pair.compressed, pair.index, streams, SHIFTED, numbers)
+                run_stream(pair, streams, SHIFTED, numbers)
             except _StopForward:
                 continue
     return sums
@@ -116,9 +116,9 @@ def pass_shifted(
         is_held_out = numbers[0] not in streams.calibration
         again = {} if is_held_out else finished
         with given_again(again, pair.endings, streams.store, numbers, {""}):
-            hidden = run_stream(pair.compressed, pair.index, streams, SHIFTED, numbers)
+            hidden = run_stream(pair, streams, SHIFTED, numbers)
         sums[is_held_out].add(together(streams.store, (TARGET,), numbers).to(hidden.device), hidden)
-        streams.store.put_rows((NEXT,), numbers, hidden)
+        streams.store.put_rows((NEXT,), numbers, hidden, given_away=True)
     for total in sums:
         if not total.is_finite:
             raise NumericalError(f"the outputs of {pair.path} are not finite")

@@ -77,7 +77,14 @@ class ActivationStore:
         self._files[key] = (path, size)
         self.bytes_on_disk += size
 
-    def put_rows(self, kind: tuple[Hashable, ...], sequences: Sequence[int], batch: Tensor) -> None:
+    def put_rows(
+        self,
+        kind: tuple[Hashable, ...],
+        sequences: Sequence[int],
+        batch: Tensor,
+        *,
+        given_away: bool = False,
+    ) -> None:
         """Keep the rows of a batch under ``(*kind, sequence)``; copied at once where all fit.
 
         Parameters
@@ -85,6 +92,8 @@ class ActivationStore:
         kind : tuple
         sequences : sequence of int
         batch : Tensor of shape (sequences, ...)
+        given_away : bool
+            Nobody else will change the batch: it is then kept itself, if it fills its memory.
 
         Raises
         ------
@@ -99,8 +108,9 @@ class ActivationStore:
             for key, row in zip(keys, batch, strict=True):
                 self.put(key, row)
             return
-        rows = batch.detach().to("cpu", copy=True).contiguous().unbind()
-        self._tensors.update(zip(keys, rows, strict=True))
+        is_kept = given_away and batch.untyped_storage().nbytes() == size
+        rows = batch.detach().to("cpu", copy=not is_kept).contiguous()
+        self._tensors.update(zip(keys, rows.unbind(), strict=True))
         self.bytes_in_memory += size
 
     def get(self, key: Hashable) -> Tensor:

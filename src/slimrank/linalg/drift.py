@@ -55,8 +55,7 @@ class DriftAccumulator:
         original, shifted : Tensor of shape (..., features)
             Any floating dtype. Not changed.
         centred : Centred, optional
-            What `MomentAccumulator.update` gave for the shifted ones; worked out here if left out,
-            and not to be used afterwards.
+            What `MomentAccumulator.update` gave for the shifted ones; worked out here if left out.
 
         Raises
         ------
@@ -77,10 +76,11 @@ class DriftAccumulator:
             self._move_centre(centred.centre)
         heavy, about = centred.heavy | heavy_tokens(sizes), centred.tokens
         self.tokens += len(z)
-        if heavy.any():
-            exactly = x[heavy].double() - z[heavy].double()
-            self._add(exactly, z[heavy].double() - self._centre.to(z.device))
-            drift[heavy] = about[heavy] = 0
+        rows = heavy.nonzero().flatten()
+        if len(rows):
+            exactly = x[rows].double() - z[rows].double()
+            self._add(exactly, z[rows].double() - self._centre.to(z.device))
+            drift.index_fill_(0, rows, 0)
         self._add(drift, about)
 
     def _centred(self, z: Tensor) -> Centred:

@@ -100,7 +100,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class Centred:
-    """A block of tokens about a centre; heavy ones, which were multiplied apart, are zero.
+    """A block of tokens about a centre, but for heavy ones: they are multiplied apart.
 
     Parameters
     ----------
@@ -177,9 +177,10 @@ class MomentAccumulator:
         centre = self._centre.to(tokens)
         centred = tokens - centre
         heavy = heavy_tokens(require_squarable(centred))
-        if heavy.any():
-            self._add(tokens[heavy].double() - centre.double())
-            centred[heavy] = 0
+        rows = heavy.nonzero().flatten()
+        if len(rows):
+            self._add(tokens[rows].double() - centre.double())
+            centred.index_fill_(0, rows, 0)  # a mask would write all of it
         self._add(centred)
         self.tokens += len(tokens)
         return Centred(centred, self._centre, heavy)
