@@ -29,7 +29,7 @@ def generate_windows(
 
     Each sequence begins with 16 tokens of the text (or half of a shorter window), and is as long as
     the text's longest window. Nothing is cut off the distribution, and no sequence ends early,
-    whatever the model's own generation settings are.
+    whatever the model's own generation settings are: a token that ends a text is one as any other.
 
     Parameters
     ----------
@@ -107,15 +107,17 @@ def _continued(model: Any, prompts: Tensor, length: int, draws: _Draws) -> Tenso
     missing = length - prompts.shape[1]
     if missing == 0:
         return prompts
+    # transformers takes what these leave open from the model's own: it is lent these meanwhile
+    own = model.generation_config
     settings = GenerationConfig(
         do_sample=False,  # what is largest is a draw already
-        num_beams=1,
-        repetition_penalty=1.0,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=0,
         min_new_tokens=missing,
         max_new_tokens=missing,
-        pad_token_id=0,
         use_cache=True,
     )
+    model.generation_config = settings
     try:
         found: Tensor = model.generate(
             prompts,
@@ -128,4 +130,6 @@ def _continued(model: Any, prompts: Tensor, length: int, draws: _Draws) -> Tenso
             f"{type(model).__name__} cannot write sequences of its own ({error}); leave --generate "
             "out"
         ) from error
+    finally:
+        model.generation_config = own
     return found
