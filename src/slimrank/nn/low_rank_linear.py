@@ -198,7 +198,9 @@ class LowRankLinear(nn.Module):
         """Map latents ``(..., rank)`` to ``(..., out)``: the second half of `forward`."""
         outputs: Tensor = self.expand(latents)
         if self.pivoted:
-            outputs = place_rows(latents, outputs, self.row_numbers())
+            pivots = self._buffers["pivots"]  # for one token the way by the attribute counts
+            assert pivots is not None
+            outputs = place_rows(latents, outputs, self._rows.of(pivots, self.out_features))
         return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:

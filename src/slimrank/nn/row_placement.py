@@ -21,11 +21,13 @@ class Rows(NamedTuple):
         All other rows, ascending.
     order : Tensor of shape (out,)
         Where each row is found in latents followed by the others.
+    rank : int
     """
 
     pivots: Tensor
     others: Tensor
     order: Tensor
+    rank: int
 
 
 class RowNumbers:
@@ -66,25 +68,27 @@ class RowNumbers:
         place, other than by ``load_state_dict``, calls `forget`.
         """
         kept = self._kept
-        if torch.compiler.is_compiling():
-            if kept is not None and kept[0] is pivots:
-                return kept[2]
-            return _derived(pivots, out_features)
-        # a tensor of inference mode has no version
-        version = -1 if pivots.is_inference() else pivots._version
-        if kept is not None and kept[0] is pivots and kept[1] == version:
+        is_compiling = torch.compiler.is_compiling()
+        if kept is not None and kept[0] is pivots and (is_compiling or kept[1] == _version(pivots)):
             return kept[2]
+        if is_compiling:
+            return _derived(pivots, out_features)
         if not pivots.is_meta:
             check_pivots(pivots, out_features)
         with torch.inference_mode(False):  # they may be asked for in training later
             rows = _derived(pivots, out_features)
-        self._kept = pivots, version, rows
+        self._kept = pivots, _version(pivots), rows
         return rows
+
+
+def _version(pivots: Tensor) -> int:
+    """How often it was written to; a tensor of inference mode does not say."""
+    return -1 if pivots.is_inference() else pivots._version
 
 
 def _derived(pivots: Tensor, out_features: int) -> Rows:
     chosen, others = pivots.long(), other_rows(pivots, out_features)
-    return Rows(chosen, others, torch.cat([chosen, others]).argsort())
+    return Rows(chosen, others, torch.cat([chosen, others]).argsort(), len(pivots))
 
 
 def check_pivots(pivots: Tensor, out_features: int, name: str = "a pivoted linear") -> None:
@@ -144,17 +148,19 @@ def place_rows(latents: Tensor, others: Tensor, rows: Rows) -> Tensor:
     if latents.dtype != others.dtype:
         latents = latents.to(others.dtype)
     if torch.is_grad_enabled():
-        outputs: Tensor = _Placement.apply(latents, others, *rows)  # type: ignore[no-untyped-call]
+        outputs: Tensor = _Placement.apply(  # type: ignore[no-untyped-call]
+            latents, others, rows.pivots, rows.others
+        )
         return outputs
-    return _placed(latents, others, *rows)
-
-
-def _placed(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor, order: Tensor) -> Tensor:
-    shape = *others.shape[:-1], order.numel()
-    if not torch.compiler.is_compiling() and latents.numel() == pivots.numel():
+    if latents.numel() == rows.rank and not torch.compiler.is_compiling():
         # one token: a third faster than what is best for many
-        return torch.cat([latents, others], -1).take(order).view(shape)
-    outputs = others.new_empty(shape)
+        outputs = torch.cat((latents, others), -1)
+        return outputs.take(rows.order).view_as(outputs)
+    return _placed(latents, others, rows.pivots, rows.others)
+
+
+def _placed(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor) -> Tensor:
+    outputs = others.new_empty((*others.shape[:-1], len(pivots) + len(rest)))
     return outputs.index_copy_(-1, pivots, latents).index_copy_(-1, rest, others)
 
 
@@ -162,23 +168,20 @@ class _Placement(torch.autograd.Function):
     """Each gradient is that of one output: gathered, several times faster than autograd's own."""
 
     @staticmethod
-    def forward(
-        latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor, order: Tensor
-    ) -> Tensor:
-        return _placed(latents, others, pivots, rest, order)
+    def forward(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor) -> Tensor:
+        return _placed(latents, others, pivots, rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:
-        ctx.save_for_backward(*inputs[2:4])
+        ctx.save_for_backward(*inputs[2:])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         outputs, (pivots, rest) = gradients[0], ctx.saved_tensors
         shape = outputs.shape[:-1]
         return (
             outputs.gather(-1, pivots.expand(*shape, -1)),
             outputs.gather(-1, rest.expand(*shape, -1)),
-            None,
             None,
             None,
         )
