@@ -3,7 +3,7 @@
 import pytest
 
 from slimrank.calibration import packaged_text
-from slimrank.frontier import BenchRecipe
+from slimrank.frontier import BenchRecipe, making, run
 
 
 @pytest.fixture
@@ -38,3 +38,22 @@ def make_bench(values):
         return BenchRecipe.model_validate({**values, **overrides})
 
     return make
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the cells that were made, and how many profiles."""
+    made, profiled = [], []
+    make, profile = run.make, making.profile
+
+    def count(cell, *rest):
+        made.append(cell.name)
+        return make(cell, *rest)
+
+    def count_profile(*arguments, **named):
+        profiled.append(1)
+        return profile(*arguments, **named)
+
+    monkeypatch.setattr(run, "make", count)
+    monkeypatch.setattr(making, "profile", count_profile)
+    return made, profiled

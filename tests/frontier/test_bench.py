@@ -75,6 +75,22 @@ def test_the_grid_is_a_product_and_names_say_what_varies():
     assert last.ridge == 0
 
 
+def test_int8_factors_are_rows_after_those_they_are_of():
+    more = "int8_factors: true\nkeep: [0.8]\ngrid: {method: [svd, aa-svd], anchor: [0.5]}\n"
+    found = cells(read(more + "runs: [{name: own}]"))
+    assert [(cell.name, cell.error is None, cell.int8_factors) for cell in found[1:]] == [
+        ("svd @ 0.8", False, False),  # nothing to round
+        ("aa-svd @ 0.8", True, False),
+        ("aa-svd @ 0.8, int8", True, True),
+        ("own @ 0.8", True, False),
+        ("own @ 0.8, int8", True, True),
+    ]
+    exact, rounded, own = found[2:5]
+    assert rounded.is_int8_of(exact)
+    assert not rounded.is_int8_of(own)
+    assert not own.is_int8_of(exact)
+
+
 def test_the_base_alone_and_runs_alone():
     assert names("keep: [0.8]\nint8: true") == ["dense", "int8", "base @ 0.8"]
     runs = "runs: [{name: a, recipe: {method: svd}}]\nkeep: [0.8]\ndense: false"
@@ -122,6 +138,11 @@ def test_a_combination_that_does_not_fit_is_a_row_with_an_error():
         ("runs: [{name: a, recipe: {anchor: 2}}]\nkeep: [0.8]", "anchor"),
         ("dense: false", "nothing is to be measured"),
         ("keep: [0.8]\ngrid: {}\nruns: [{name: base}]", "two rows would be named 'base @ 0.8'"),
+        (
+            "int8_factors: true\nruns: [{name: a, recipe: {budget: {param_ratio: 0.5}}}, "
+            "{name: 'a, int8', recipe: {budget: {param_ratio: 0.6}}}]",
+            "two rows would be named 'a, int8'",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_recipes_is_said_before_any_work(more, message):

@@ -64,6 +64,17 @@ def test_points_and_front(report):
     assert axes.get_title().endswith("(in domain)")
 
 
+def test_models_with_int8_factors_are_hollow(report):
+    run = report.runs[3].model_copy(update={"name": "b, int8", "bytes": 3, "int8_factors": True})
+    (axes,) = draw_frontier(report.model_copy(update={"runs": (*report.runs, run)})).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert list(lines)[2:5] == ["svd", "svd, int8", "kfac-svd"]
+    assert len(lines["svd"].get_xdata()) == 2
+    assert lines["svd, int8"].get_xydata().tolist() == [[3e-6, 90.0]]
+    assert (lines["svd"].get_fillstyle(), lines["svd, int8"].get_fillstyle()) == ("full", "none")
+    assert lines["svd"].get_color() == lines["svd, int8"].get_color()
+
+
 def test_the_same_report_gives_the_same_bytes(report, tmp_path):
     picture = frontier_svg(report)
     assert b"<svg" in picture

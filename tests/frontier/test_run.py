@@ -11,32 +11,15 @@ from slimrank import evaluation
 from slimrank.calibration import read_text
 from slimrank.checkpoint import weight_file_bytes
 from slimrank.errors import CheckpointError, SlimrankError, SlimrankWarning, TextError
-from slimrank.frontier import cells, making, measure_frontier, run
+from slimrank.frontier import FrontierReport, cells, making, measure_frontier, run
 from slimrank.recipe import CalibrationRecipe
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
+
+LOW_RANK = ["base @ 0.8", "base @ 0.6"]
 
 
 def by_name(report):
     return {row.name: row for row in report.runs}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Names of the cells that were made, and how many profiles."""
-    made, profiled = [], []
-    make, profile = run.make, making.profile
-
-    def count(cell, *rest):
-        made.append(cell.name)
-        return make(cell, *rest)
-
-    def count_profile(*arguments, **named):
-        profiled.append(1)
-        return profile(*arguments, **named)
-
-    monkeypatch.setattr(run, "make", count)
-    monkeypatch.setattr(making, "profile", count_profile)
-    return made, profiled
 
 
 @pytest.mark.parametrize("method", ["svd", "swift-svd", "aa-svd"])
@@ -94,10 +77,13 @@ def test_the_file_has_the_schema_and_nothing_else(make_bench, tmp_path):
     assert set(found["runs"][1]) == {
         *("name", "recipe", "keep", "layout", "method", "allocation", "refine", "bytes"),
         *("linear_bytes", "params", "target_params", "perplexity", "accuracy", "seconds"),
-        *("peak_bytes", "is_dense", "pareto", "error"),
+        *("peak_bytes", "is_dense", "int8_factors", "pareto", "error"),
     }
     assert set(found["runs"][1]["perplexity"]["near"]) == {"value", "tokens", "in_domain"}
     assert found["settings"]["texts"]["near"]["tokens"] == 256
+    assert [row.pop("int8_factors") for row in found["runs"]] == [False] * 3
+    older = FrontierReport.model_validate(found)
+    assert [row.int8_factors for row in older.runs] == [False] * 3
 
 
 def test_a_second_call_makes_nothing(make_bench, tmp_path, calls):
@@ -135,33 +121,33 @@ def test_a_run_that_is_cut_off_goes_on(make_bench, tmp_path, calls, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("change", "redone"),
+    ("change", "redone", "profiles"),
     [
-        ({"seed": 1}, ["base @ 0.6"]),
-        ({"windows": {"length": 64, "number": 3}}, ["dense", "base @ 0.6"]),
-        ({"model": "other"}, ["dense", "base @ 0.6"]),
-        ({"text": "changed"}, ["dense", "base @ 0.6"]),
-        ({"calibration": "changed"}, ["base @ 0.6"]),
+        ({"seed": 1}, LOW_RANK, 1),
+        ({"windows": {"length": 64, "number": 3}}, ["dense", *LOW_RANK], 0),
+        ({"model": "other"}, ["dense", *LOW_RANK], 1),
+        ({"text": "changed"}, ["dense", *LOW_RANK], 0),
+        ({"calibration": "changed"}, LOW_RANK, 1),
     ],
 )
 def test_what_decides_a_figure_is_in_its_key(
-    change, redone, make_bench, make_folder, text_file, tmp_path, calls
+    change, redone, profiles, make_bench, make_folder, text_file, tmp_path, calls
 ):
-    made, _ = calls
+    made, profiled = calls
     own = tmp_path / "calibration.txt"
     own.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8")
     base = {"calibration": {**make_bench().base["calibration"], "source": [str(own)]}}
-    settings = {"base": base, "keep": [0.6]}
-    measure_frontier(make_bench(**settings), tmp_path / "out")
+    measure_frontier(make_bench(base=base), tmp_path / "out")
     made.clear()
+    profiled.clear()
     if "text" in change or "calibration" in change:
         path = tmp_path / "far.txt" if "text" in change else own
         path.write_text("changed " + path.read_text(encoding="utf-8"), encoding="utf-8")
         change = {}
     if "model" in change:
         change = {"model": str(make_folder("llama", seed=1))}
-    measure_frontier(make_bench(**settings, **change), tmp_path / "out")
-    assert made == redone
+    measure_frontier(make_bench(base=base, **change), tmp_path / "out")
+    assert (made, len(profiled)) == (redone, profiles)
 
 
 def test_marks_that_decide_no_figure_are_not(make_bench, values, tmp_path, calls):

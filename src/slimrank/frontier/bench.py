@@ -91,6 +91,8 @@ class BenchRecipe(_Frozen):
         Further recipes, one by one.
     dense, int8 : bool
         Whether to measure the dense model, and the dense model with int8 weights.
+    int8_factors : bool
+        Whether to measure each model of low rank a second time, with its factors in int8.
     zero_shot : ZeroShotSettings, optional
     seed : int
         Of the draw of calibration sequences, unless the recipe says it.
@@ -111,6 +113,7 @@ class BenchRecipe(_Frozen):
     runs: tuple[NamedRun, ...] = ()
     dense: bool = True
     int8: bool = False
+    int8_factors: bool = False
     zero_shot: ZeroShotSettings | None = None
     seed: int = Field(default=0, ge=0, lt=2**63)
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -28,6 +28,8 @@ class Cell:
         None for a baseline, and where the values are no valid recipe.
     error : SlimrankError or None
         Why they are not.
+    int8_factors : bool
+        Whether the factors are rounded to int8 in the end.
     """
 
     name: str
@@ -35,12 +37,18 @@ class Cell:
     values: dict[str, Any]
     recipe: CompressionRecipe | None = None
     error: SlimrankError | None = None
+    int8_factors: bool = False
+
+    def is_int8_of(self, other: "Cell") -> bool:
+        """Whether this is the other's model with its factors in int8."""
+        return self.int8_factors and not other.int8_factors and self.recipe == other.recipe
 
 
 def cells(bench: BenchRecipe) -> list[Cell]:
     """Baselines, then every combination of the grid at every size, then the runs of their own.
 
-    A combination that is no valid recipe is a cell with an error: a grid may hold some.
+    A combination that is no valid recipe is a cell with an error: a grid may hold some. With
+    `int8_factors`, each valid one is followed by a second cell.
 
     Raises
     ------
@@ -69,7 +77,8 @@ def cells(bench: BenchRecipe) -> list[Cell]:
     for cell in own:
         if cell.error is not None:
             raise cell.error
-    found += [*crossed, *own]
+    low_rank = [*crossed, *own]
+    found += [x for cell in low_rank for x in _with_int8(cell)] if bench.int8_factors else low_rank
     if not found:
         raise RecipeError("nothing is to be measured: name shares to keep, or runs of their own")
     names = [cell.name for cell in found]
@@ -143,6 +152,12 @@ def _cell(name: str, values: dict[str, Any]) -> Cell:
         ):
             raise
         return Cell(name, "low-rank", values, error=error)
+
+
+def _with_int8(cell: Cell) -> Iterator[Cell]:
+    yield cell
+    if cell.error is None:
+        yield replace(cell, name=f"{cell.name}, int8", int8_factors=True)
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

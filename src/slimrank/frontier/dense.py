@@ -128,6 +128,8 @@ class Fingerprints:
         else:
             values["recipe"] = recipe.model_dump(mode="json")
             values["calibration"] = self.of_calibration(recipe.calibration, dense)
+        if cell.int8_factors:
+            values["factors"] = "int8"
         return _digest(values)
 
     def of_profile(self, recipe: CompressionRecipe, dense: DenseModel) -> str:

@@ -1,11 +1,12 @@
-"""The honest rival at equal bytes: the dense model with int8 weights, by torchao."""
+"""Rows in int8: the dense model with int8 weights, by torchao, and models with int8 factors."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from slimrank.checkpoint import folder_bytes
-from slimrank.errors import extra_needed
+from slimrank.errors import RecipeError, extra_needed
 from slimrank.evaluation import quiet
+from slimrank.nn import LowRankLinear, round_factors
 
 LOGGERS = ("torchao", "torch.utils._pytree")
 
@@ -50,6 +51,28 @@ def quantize_linears(model: Any, names: Sequence[str]) -> tuple[int, int]:
     weights = [model.get_submodule(name).weight for name in names]
     after = sum(_bytes(weight.qdata) + _bytes(weight.scale) for weight in weights)
     return total - before + after, after
+
+
+def round_low_rank(model: Any) -> None:
+    """Put all factors of a model into int8 in place, as `slimrank.quantize` does by default.
+
+    Linears that stayed dense are left as they are.
+
+    Raises
+    ------
+    RecipeError
+        If there are no factors.
+    NumericalError
+        As `slimrank.linalg.round_rows`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LowRankLinear)]
+    if not layers:
+        raise RecipeError(
+            "no linear was factorised, so there are no factors to put into int8; keep less, or "
+            "leave int8_factors out"
+        )
+    for layer in layers:
+        round_factors(layer)
 
 
 def _bytes(tensor: Any) -> int:

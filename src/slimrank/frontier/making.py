@@ -14,7 +14,7 @@ from slimrank.compression import compress
 from slimrank.environment import Clock, peak_bytes
 from slimrank.frontier.cells import Cell
 from slimrank.frontier.dense import DenseModel, Fingerprints
-from slimrank.frontier.int8 import quantize_linears
+from slimrank.frontier.int8 import quantize_linears, round_low_rank
 from slimrank.frontier.store import ResultStore
 from slimrank.options import CompressionOptions
 from slimrank.profiling import profile
@@ -23,13 +23,17 @@ from slimrank.recipe import BudgetRecipe, CompressionRecipe, RefineRecipe, Swift
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A model, and the part of its row that is known before it is measured."""
+    """A model, and the part of its row that is known before it is measured.
+
+    `targets` names its targeted linears; the other fields are those of `Measured`.
+    """
 
     model: Any
     bytes: int
     linear_bytes: int
     params: int
     target_params: int
+    targets: tuple[str, ...]
     phases: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     warnings: tuple[str, ...] = ()
@@ -54,7 +58,29 @@ def make(
         made = _compress(cell.recipe, dense, store, fingerprints, options)
     else:
         made = _baseline(cell, dense)
-    return replace(made, peak_bytes=peak_bytes())
+    made = replace(made, peak_bytes=peak_bytes())
+    return in_int8(made) if cell.int8_factors else made
+
+
+def in_int8(made: Made) -> Made:
+    """Round the factors of a model, in place; its making is counted in, its parameters stay.
+
+    Raises
+    ------
+    SlimrankError
+        See `slimrank.frontier.int8.round_low_rank`.
+    """
+    reset_peak()
+    clock = Clock()
+    with clock.phase("round to int8"):
+        round_low_rank(made.model)
+    return replace(
+        made,
+        bytes=folder_bytes(made.model),
+        linear_bytes=linear_bytes(made.model, made.targets),
+        phases=made.phases | clock.seconds,
+        peak_bytes=max(made.peak_bytes, peak_bytes()),
+    )
 
 
 def served_by_profile(recipe: CompressionRecipe) -> CompressionRecipe | None:
@@ -73,8 +99,7 @@ def served_by_profile(recipe: CompressionRecipe) -> CompressionRecipe | None:
     """
     wanted = recipe.for_profile()
     is_built = wanted == recipe and not recipe.is_sequential
-    is_of_text_alone = recipe.passes == 1 and not recipe.generated_sequences
-    if not is_of_text_alone or (not is_built and recipe.allocation == "uniform"):
+    if not recipe.is_of_text_alone or (not is_built and recipe.allocation == "uniform"):
         return None
     plain: dict[str, Any] = {
         "budget": BudgetRecipe(param_ratio=1.0),
@@ -123,12 +148,14 @@ def _compress(
         phases = {f"profile: {name}": s for name, s in opened.manifest.seconds.items()}
     model = copy.deepcopy(dense.model)
     report = compress(model, recipe, tokenizer=dense.tokenizer, profile=folder, options=options)
+    targets = tuple(linear.name for linear in report.linears)
     return Made(
         model=model,
         bytes=report.size.weight_bytes,
-        linear_bytes=linear_bytes(model, (linear.name for linear in report.linears)),
+        linear_bytes=linear_bytes(model, targets),
         params=report.size.model_params,
         target_params=report.size.target_params,
+        targets=targets,
         phases=phases | report.seconds,
         warnings=report.warnings,
     )
@@ -144,4 +171,4 @@ def _baseline(cell: Cell, dense: DenseModel) -> Made:
         model = copy.deepcopy(model)
         with clock.phase("quantize"):
             total, linears = quantize_linears(model, dense.targets)
-    return Made(model, total, linears, params, targets, clock.seconds)
+    return Made(model, total, linears, params, targets, dense.targets, clock.seconds)

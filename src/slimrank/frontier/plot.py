@@ -1,6 +1,7 @@
 """Perplexity against bytes, the Pareto front marked: an SVG by matplotlib."""
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def frontier_svg(report: FrontierReport) -> bytes:
 def draw_frontier(report: FrontierReport) -> Any:
     """One panel a text: bytes across, perplexity up (logarithmic), a colour and marker a method.
 
+    Markers of models with int8 factors are hollow.
+
     The fronts are of the panel's own text: one of all runs, one of those of low rank. Texts of the
     kind that was calibrated on say so.
     """
@@ -54,14 +57,15 @@ def draw_frontier(report: FrontierReport) -> Any:
     runs = [run for run in report.runs if run.error is None]
     methods = list(dict.fromkeys(run.method for run in runs if not run.is_dense))
     for text, axes in zip(texts, panels, strict=True):
-        for method in [*BASELINES, *methods]:
-            own = [run for run in runs if run.method == method]
+        for method, is_int8 in itertools.product([*BASELINES, *methods], (False, True)):
+            own = [r for r in runs if (r.method, r.int8_factors) == (method, is_int8)]
             if own:
                 axes.plot(
                     [run.bytes / 1e6 for run in own],
                     [run.perplexity[text].value for run in own],
                     linestyle="none",
-                    label=method,
+                    label=f"{method}, int8" if is_int8 else method,
+                    fillstyle="none" if is_int8 else "full",
                     **_look(method, methods),
                 )
         for label, style, candidates in (

@@ -53,6 +53,8 @@ class FrontierRun(_Frozen):
         Largest resident memory meanwhile, the dense model of the benchmark counted in.
     is_dense : bool
         A baseline without factors.
+    int8_factors : bool
+        Its factors were rounded to int8 in the end.
     pareto : bool
         No other is as small and better, or smaller and as good, on the first text.
     error : str or None
@@ -75,6 +77,7 @@ class FrontierRun(_Frozen):
     seconds: float = 0.0
     peak_bytes: int = 0
     is_dense: bool = False
+    int8_factors: bool = False
     pareto: bool = False
     error: str | None = None
 

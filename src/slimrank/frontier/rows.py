@@ -72,4 +72,5 @@ def _settings(cell: Cell) -> dict[str, Any]:
         "method": str(values.get("method", "")),
         "allocation": str(values.get("allocation", "")),
         "refine": str(preset),
+        "int8_factors": cell.int8_factors,
     }

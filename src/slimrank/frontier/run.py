@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 
 from slimrank.environment import environment
@@ -13,7 +14,7 @@ from slimrank.frontier.bench import BenchRecipe
 from slimrank.frontier.cells import Cell, cells
 from slimrank.frontier.dense import DenseModel, Fingerprints, Questions
 from slimrank.frontier.int8 import require_int8
-from slimrank.frontier.making import make
+from slimrank.frontier.making import Made, in_int8, make
 from slimrank.frontier.result import FrontierReport, FrontierRun, with_front
 from slimrank.frontier.rows import failed_row, row, settings
 from slimrank.frontier.store import REPORT, Measured, ResultStore
@@ -79,6 +80,7 @@ class _Bench:
     fingerprints: Fingerprints
     environment: dict[str, str]
     done: dict[str, FrontierRun] = field(default_factory=dict)
+    held: tuple[Cell, Made] | None = None
 
     @classmethod
     def open(
@@ -110,20 +112,19 @@ class _Bench:
             else:
                 self.done[cell.name] = row(cell, found, self.bench)
         report = self._write()
-        for cell in self.cells:
-            if cell.name not in missing:
-                continue
+        left = [cell for cell in self.cells if cell.name in missing]
+        for cell, after in zip_longest(left, left[1:]):
             self.say(f"{cell.name} ({len(self.done) + 1} of {len(self.cells)})")
-            self._finish(cell, missing[cell.name])
+            self._finish(cell, missing[cell.name], after)
             report = self._write()
         return report
 
-    def _finish(self, cell: Cell, key: str) -> None:
+    def _finish(self, cell: Cell, key: str, after: Cell | None) -> None:
         """Measure a cell and keep the result, unless it fails, or its twin just did it."""
         measured = self.store.read(key)
         if measured is None:
             try:
-                measured = self._measure(cell)
+                measured = self._measure(cell, after)
             except FAILURES as error:
                 self._fail(cell, error)
                 return
@@ -132,17 +133,17 @@ class _Bench:
             self.store.keep(key, measured)
         self.done[cell.name] = row(cell, measured, self.bench)
 
-    def _measure(self, cell: Cell) -> Measured:
+    def _measure(self, cell: Cell, after: Cell | None) -> Measured:
         dense, questions = self._dense(cell), self.fingerprints.questions
-        made = make(cell, dense, self.store, self.fingerprints, self.options)
+        made = self._make(cell, dense)
         perplexity = {
             name: windows_perplexity(made.model, windows)
             for name, windows in questions.texts.items()
         }
         accuracy = {}
-        if self.bench.zero_shot is not None:
-            size = self.bench.zero_shot.batch_size
-            accuracy = zero_shot(made.model, dense.tokenizer, questions.tasks, size)
+        if (asked := self.bench.zero_shot) is not None:
+            accuracy = zero_shot(made.model, dense.tokenizer, questions.tasks, asked.batch_size)
+        self.held = (cell, made) if after and after.is_int8_of(cell) else None
         return Measured(
             bytes=made.bytes,
             linear_bytes=made.linear_bytes,
@@ -156,6 +157,13 @@ class _Bench:
             environment=environment(dense.model),
             warnings=made.warnings,
         )
+
+    def _make(self, cell: Cell, dense: DenseModel) -> Made:
+        """Make a cell's model, or round the one that was measured just before, if it is that."""
+        held, self.held = self.held, None
+        if held is not None and cell.is_int8_of(held[0]):
+            return in_int8(held[1])
+        return make(cell, dense, self.store, self.fingerprints, self.options)
 
     def _key(self, cell: Cell) -> str:
         if cell.error is not None:

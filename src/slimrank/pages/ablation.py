@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from slimrank.pages.content import Table
-from slimrank.pages.frontier import FrontierReport, FrontierRun
+from slimrank.pages.frontier import FrontierReport, FrontierRun, by_size
 from slimrank.pages.wording import in_bytes, in_short
 
 INGREDIENTS = ("method", "allocation", "layout", "refine", "order")
@@ -30,15 +30,13 @@ def tables_of_ablation(report: FrontierReport, text: str) -> tuple[Table, ...]:
     dense = report.dense()
     if dense is None or math.isnan(dense.on(text)):
         return ()
-    runs = [run for run in report.runs if run.error is None and not run.is_dense]
-    runs = [run for run in runs if math.isfinite(run.on(text))]
+    runs = [run for run in report.runs if run.error is None and math.isfinite(run.on(text))]
     tables = []
-    for keep in sorted({run.keep for run in runs}, reverse=True):
-        own = [run for run in runs if run.keep == keep]
+    for size, own in by_size(runs).items():
         rows = list(_rows(own, text, dense.on(text)))
         if len(rows) > 2:
             columns = ("", "run", "perplexity", "Δ ln", "of plain", "weights")
-            caption = f"Ingredients at keep {keep:g}, on {text}"
+            caption = f"Ingredients at keep {size}, on {text}"
             tables.append(Table(caption, columns, tuple(rows), num_names=2))
     return tuple(tables)
 

@@ -1,7 +1,7 @@
 """What a benchmark of many runs wrote: `frontier.json`, read and checked."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -52,6 +52,8 @@ class FrontierRun(_Frozen):
     peak_bytes : int
     is_dense : bool
         A baseline, full rank: the dense model, or a quantised one.
+    int8_factors : bool
+        Its factors are in int8; others of the same `keep` are larger.
     pareto : bool
     error : str or None
         Why there are no figures.
@@ -73,12 +75,24 @@ class FrontierRun(_Frozen):
     seconds: float = 0.0
     peak_bytes: int = 0
     is_dense: bool = False
+    int8_factors: bool = False
     pareto: bool = False
     error: str | None = None
 
     def on(self, text: str) -> float:
         """Perplexity on a text; not a number if it was not measured."""
         return self.perplexity[text].value if text in self.perplexity else math.nan
+
+    @property
+    def size(self) -> str:
+        """What runs of about as many bytes have in common.
+
+        Examples
+        --------
+        >>> FrontierRun(name="a", keep=0.8, int8_factors=True).size
+        '0.8 in int8'
+        """
+        return f"{self.keep:g} in int8" if self.int8_factors else f"{self.keep:g}"
 
 
 class FrontierReport(_Frozen):
@@ -125,6 +139,23 @@ class FrontierReport(_Frozen):
         """The model that was compressed: the largest of the baselines."""
         baselines = [run for run in self.runs if run.is_dense and run.error is None]
         return max(baselines, key=lambda run: run.bytes, default=None)
+
+
+def by_size(runs: Iterable[FrontierRun]) -> dict[str, list[FrontierRun]]:
+    """Give the compressed runs among some at each size, large sizes first.
+
+    Examples
+    --------
+    >>> sizes = (("a", 0.6, False), ("b", 0.8, True), ("c", 0.8, False), ("d", 0.6, False))
+    >>> runs = [FrontierRun(name=n, keep=k, int8_factors=i) for n, k, i in sizes]
+    >>> {size: [run.name for run in own] for size, own in by_size(runs).items()}
+    {'0.8': ['c'], '0.8 in int8': ['b'], '0.6': ['a', 'd']}
+    """
+    groups: dict[str, list[FrontierRun]] = {}
+    for run in sorted(runs, key=lambda run: (-run.keep, run.int8_factors)):
+        if not run.is_dense:
+            groups.setdefault(run.size, []).append(run)
+    return groups
 
 
 def front(runs: Sequence[FrontierRun], figure: Callable[[FrontierRun], float]) -> list[FrontierRun]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from slimrank.pages.ablation import tables_of_ablation
 from slimrank.pages.content import Fact, Page, Section, Table, strong
-from slimrank.pages.frontier import FrontierReport, FrontierRun, TaskAccuracy
+from slimrank.pages.frontier import FrontierReport, FrontierRun, TaskAccuracy, by_size
 from slimrank.pages.scatter import chart_of_runs
 from slimrank.pages.wording import in_bytes, in_short, in_time
 
@@ -53,35 +53,31 @@ def _facts(report: FrontierReport) -> tuple[Fact, ...]:
         others = ", ".join(f"{in_short(dense.on(text))} on {text}" for text in texts[1:])
         note = f"on {texts[0]}{'; ' if others else ''}{others}; {in_bytes(dense.bytes)}"
         facts.append(Fact("perplexity of the dense model", in_short(dense.on(texts[0])), note))
-    for keep, run in _best(report)[:4]:
+    for size, run in _best(report)[:4]:
         note = f"on {texts[0]}: {run.name}, {in_bytes(run.bytes)}"
-        facts.append(Fact(f"best at keep {keep:g}", in_short(run.on(texts[0])), note))
+        facts.append(Fact(f"best at keep {size}", in_short(run.on(texts[0])), note))
     seconds = sum(run.seconds for run in report.runs)
     facts.append(Fact("time of all runs", in_time(seconds), f"{len(report.runs)} runs"))
     return tuple(facts)
 
 
-def _best(report: FrontierReport) -> list[tuple[float, FrontierRun]]:
+def _best(report: FrontierReport) -> list[tuple[str, FrontierRun]]:
     """Give the best compressed run on the first text at each size, large sizes first."""
     texts = report.texts()
-    best: dict[float, FrontierRun] = {}
-    for run in report.runs:
-        if run.is_dense or run.error or not texts or math.isnan(run.on(texts[0])):
-            continue
-        if run.keep not in best or run.on(texts[0]) < best[run.keep].on(texts[0]):
-            best[run.keep] = run
-    return sorted(best.items(), reverse=True)
+    runs = [r for r in report.runs if texts and not r.error and not math.isnan(r.on(texts[0]))]
+    groups = by_size(runs).items()
+    return [(size, min(own, key=lambda run: run.on(texts[0]))) for size, own in groups]
 
 
 def _best_at_each_size(report: FrontierReport) -> tuple[Table, ...]:
     texts, dense = report.texts(), report.dense()
     rows = []
-    for keep, run in _best(report):
+    for size, run in _best(report):
         figures = [in_short(run.on(text)) for text in texts]
         rise = "–"
         if dense is not None and run.on(texts[0]) > 0:
             rise = in_short(math.log(run.on(texts[0]) / dense.on(texts[0])))
-        rows.append((f"{keep:g}", run.name, in_bytes(run.bytes), rise, *figures))
+        rows.append((size, run.name, in_bytes(run.bytes), rise, *figures))
     if not rows:
         return ()
     columns = ("keep", "run", "weights", "Δ ln", *texts)
@@ -92,9 +88,7 @@ def _tables_of_runs(report: FrontierReport) -> tuple[Table, ...]:
     """Make a table of the baselines, and one for each size."""
     runs = [run for run in report.runs if run.error is None]
     groups = {"Dense baselines": [run for run in runs if run.is_dense]}
-    for keep in sorted({run.keep for run in runs if not run.is_dense}, reverse=True):
-        own = [run for run in runs if run.keep == keep and not run.is_dense]
-        groups[f"Keep {keep:g}"] = own
+    groups |= {f"Keep {size}": own for size, own in by_size(runs).items()}
     return tuple(_table(caption, own, report.texts()) for caption, own in groups.items() if own)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
 from slimrank.pages.content import Chart, legend_of
-from slimrank.pages.frontier import FrontierReport, FrontierRun, front
+from slimrank.pages.frontier import FrontierReport, FrontierRun, by_size, front
 from slimrank.pages.panel import Axis, Panel
 from slimrank.pages.svg import add, markup
 from slimrank.pages.wording import in_bytes, in_short, in_time
@@ -48,15 +48,14 @@ def chart_of_runs(report: FrontierReport, text: str, is_wide: bool) -> Chart:
         if run.is_dense:
             panel.add_point(*place, 3, _in_words(run, text), "mark baseline")
         else:
-            panel.add_point(*place, methods.index(run.method), _in_words(run, text))
+            style = "mark hollow" if run.int8_factors else "mark"
+            panel.add_point(*place, methods.index(run.method), _in_words(run, text), style)
     baselines = [run for run in runs if run.is_dense]
-    sizes = sorted({run.keep for run in low_rank})
-    best_runs = [
-        min((run for run in low_rank if run.keep == keep), key=lambda run: run.on(text))
-        for keep in sizes
-    ]
+    best_runs = [min(own, key=lambda run: run.on(text)) for own in reversed(by_size(runs).values())]
     _name_points(panel, [*baselines, *best_runs] if is_wide else baselines, text, ceiling)
     entries = [("mark", number, method) for number, method in enumerate(methods)]
+    rounded = any(run.int8_factors for run in runs)
+    entries += [("mark hollow", 0, "hollow: int8 factors")] if rounded else []
     entries += [("mark baseline", 3, "dense baseline")] if baselines else []
     return Chart(title, note, markup(panel.svg), legend_of(entries), is_wide)
 
@@ -104,7 +103,7 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 def _in_words(run: FrontierRun, text: str) -> str:
     return (
         f"{run.name}\nperplexity {in_short(run.on(text))}, {in_bytes(run.bytes)}, "
-        f"keep {run.keep:g}\n{run.method}, {run.allocation} ranks, {run.layout} layout, "
+        f"keep {run.size}\n{run.method}, {run.allocation} ranks, {run.layout} layout, "
         f"refine {run.refine or 'off'}, {in_time(run.seconds)}"
         if not run.is_dense
         else f"{run.name}\nperplexity {in_short(run.on(text))}, {in_bytes(run.bytes)}"
