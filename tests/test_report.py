@@ -8,7 +8,14 @@ from pydantic import ValidationError
 
 from slimrank import CompressionReport
 from slimrank.errors import CheckpointError
-from slimrank.report import AllocationReport, ImportanceWeightTrial, KVCacheReport, SizeReport
+from slimrank.report import (
+    AllocationReport,
+    ImportanceWeightTrial,
+    KVCacheReport,
+    RefinementEpoch,
+    RefinementReport,
+    SizeReport,
+)
 
 SIZE = {
     "target_params_before": 1000,
@@ -105,3 +112,21 @@ def test_a_report_of_a_search_reads_back(report):
     cache = KVCacheReport(dense_values=64, latent_values=32, value_bytes=2)
     full = report.model_copy(update={"allocation": allocation, "kv_cache": cache})
     assert CompressionReport.from_json(full.model_dump_json(), "r") == full
+
+
+@pytest.mark.parametrize(
+    ("start_held_out", "held_out", "course"),
+    [(0.75, (0.5, 0.6), (0.75, 0.5, 0.6)), (None, (None, None), (0.8, 0.3, 0.2))],
+    ids=["held out", "calibration"],
+)
+def test_a_kept_loss_is_held_out_where_text_is(start_held_out, held_out, course):
+    epochs = tuple(
+        RefinementEpoch(loss=loss, held_out_loss=other, seconds=1.0)
+        for loss, other in zip((0.3, 0.2), held_out, strict=True)
+    )
+    values = {"start_loss": 0.8, "start_held_out_loss": start_held_out, "epochs": epochs}
+    values |= {"trained_params": 1, "seconds": 2.0}
+    for kept, loss in enumerate(course):
+        found = RefinementReport(kept_epoch=kept, **values)
+        assert (found.course, found.kept_loss) == (course, loss)
+        assert RefinementReport.model_validate_json(found.model_dump_json()) == found

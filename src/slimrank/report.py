@@ -321,6 +321,29 @@ class RefinementReport(_Frozen):
     trained_params: int
     seconds: float
 
+    @property
+    def course(self) -> tuple[float, ...]:
+        """Losses from the start on, one an epoch; on held-out sequences if there are any."""
+        if self.start_held_out_loss is None:
+            return (self.start_loss, *(epoch.loss for epoch in self.epochs))
+        held_out = (epoch.held_out_loss for epoch in self.epochs)
+        return (self.start_held_out_loss, *(loss for loss in held_out if loss is not None))
+
+    @property
+    def kept_loss(self) -> float:
+        """Loss of the parameters that were kept, where `course` is of.
+
+        Examples
+        --------
+        >>> epochs = (RefinementEpoch(loss=x, held_out_loss=y, seconds=1.0)
+        ...     for x, y in ((0.3, 0.4), (0.2, 0.5)))
+        >>> report = RefinementReport(start_loss=0.8, start_held_out_loss=0.9,
+        ...     epochs=tuple(epochs), kept_epoch=1, trained_params=9, seconds=1.0)
+        >>> report.course, report.kept_loss
+        ((0.9, 0.4, 0.5), 0.4)
+        """
+        return self.course[self.kept_epoch]
+
 
 class BlockReport(_Frozen):
     """One block of a sequential run.

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from slimrank.pages import FrontierReport
-from slimrank.report import LinearReport
+from slimrank.report import LinearReport, RefinementEpoch, RefinementReport
 from tiny import depths
 
 HOSTILE = "</title></style><script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;{{ 7*7 }}"
@@ -83,6 +83,29 @@ def make_report(make_linear):
         )
         report = depths.build([0.1, 0.2], [0.3, 0.4], [0.5, 0.6], method="aa-svd")
         return report.model_copy(update={"linears": linears, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_tuning():
+    """`make_tuning(kept, held_out)`: three epochs, whose losses held out are `held_out` or none."""
+
+    def make(kept=1, held_out=(0.123, 0.045, 0.06, 0.07)):
+        start, *others = held_out or (None,) * 4
+        losses = zip((0.09, 0.05, 0.03), others, strict=True)
+        return RefinementReport(
+            loss="kl",
+            start_loss=0.1,
+            start_held_out_loss=start,
+            epochs=tuple(
+                RefinementEpoch(loss=loss, held_out_loss=other, seconds=1.0)
+                for loss, other in losses
+            ),
+            kept_epoch=kept,
+            trained_params=1,
+            seconds=3.0,
+        )
 
     return make
 

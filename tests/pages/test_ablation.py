@@ -41,6 +41,16 @@ def test_refinement_brings_its_order_along(make_frontier, make_run):
     ]
 
 
+def test_runs_with_int8_factors_are_compared_with_their_like(make_frontier, make_run):
+    runs = [make_run("a", perplexity=50.0), make_run("b", perplexity=40.0, layout="pivoted")]
+    runs += [make_run("c", perplexity=30.0, layout="auto")]
+    runs += [{**run, "name": f"{run['name']}, int8", "int8_factors": True} for run in runs]
+    one, other = tables_of_ablation(make_frontier(*runs), "wiki")
+    assert one.caption == "Ingredients at keep 0.8, on wiki"
+    assert other.caption == "Ingredients at keep 0.8 in int8, on wiki"
+    assert [f"{row[1]}, int8" for row in one.rows] == [row[1] for row in other.rows]
+
+
 def test_nothing_to_compare(make_frontier, make_run):
     assert tables_of_ablation(make_frontier(make_run("one")), "wiki") == ()
     broken = [make_run(name, error="no", layout=name) for name in ("plain", "pivoted", "auto")]

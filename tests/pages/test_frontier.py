@@ -35,6 +35,7 @@ def test_what_a_benchmark_writes_is_read():
                 method="svd",
                 allocation="global",
                 refine="fast",
+                int8_factors=True,
                 perplexity={"wiki": result.TextFigure(value=20.5, tokens=9, in_domain=True)},
                 accuracy={"piqa": result.TaskFigure(value=0.5, stderr=0.1, n=3)},
             ),

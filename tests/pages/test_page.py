@@ -92,6 +92,39 @@ def test_a_one_shot_report_has_no_blocks(make_report):
     assert "mean loss of linears" in html
 
 
+def test_a_tuned_run_that_is_not_in_sequence(make_report, make_tuning, read):
+    report = make_report(blocks=(), recipe=depths.build([]).recipe, tuning=make_tuning())
+    texts = read(render(report)).texts
+    assert {"Tuning", "Training of all blocks together"} <= set(texts)
+    assert texts.count("epoch 1 kept: 0.0450") == 1
+    assert any(text.endswith("one-shot · tuned") for text in texts)
+    page = " ".join(texts)
+    assert "Block after block" not in page
+    assert "They are those that the training of all blocks together started from." in page
+    assert "worst 10.0 %; before all blocks were trained together" in page
+    assert "all blocks trained together: 0.123 → 0.0450 nats a token on held-out text" in page
+
+
+def test_a_tuned_run_in_sequence(make_report, make_tuning, read):
+    texts = read(render(make_report(tuning=make_tuning()))).texts
+    assert "Tuning" not in texts
+    assert texts.count("epoch 1 kept: 0.0450") == 1
+    chart = texts.index("Training of all blocks together")
+    assert texts.index("Block after block") < chart < texts.index("Checks, time and place")
+    page = " ".join(texts)
+    assert "all blocks trained together: 0.123 → 0.0450 nats a token on held-out text" in page
+    assert "cosine distance 0.100; before all blocks were trained together" in page
+    assert "Measured before all blocks were trained together." in page
+
+
+def test_a_run_that_is_not_tuned_says_nothing_of_it(make_report):
+    for report in (make_report(), make_report(blocks=()), depths.build([])):
+        html = render(report)
+        assert not re.search(
+            "tuned|Tuning|blocks together|trained together|prediction divergence", html
+        )
+
+
 def test_cache_search_and_warnings_are_shown(make_report):
     html = render(
         make_report(

@@ -29,6 +29,16 @@ def test_a_mark_a_run(make_frontier, make_run):
     assert names(chart_of_runs(report, "wiki", is_wide=False)) == ["dense"]
 
 
+def test_models_with_int8_factors_are_hollow(make_frontier, make_run):
+    run = make_run("one, int8", 600_000, 31.0, int8_factors=True)
+    chart = chart_of_runs(make_frontier(make_run("one", perplexity=30.0), run), "wiki", True)
+    marks = [mark.get("class") for mark in fromstring(chart.svg).iter("circle")]
+    assert marks == ["mark k0", "mark hollow k0"]
+    assert "keep 0.8 in int8" in titles(chart)[2]
+    assert [entry.label for entry in chart.legend][1:] == ["hollow: int8 factors", "dense baseline"]
+    assert names(chart) == ["dense", "one, int8", "one"]
+
+
 def test_what_is_far_above_stays_at_the_edge(make_frontier, make_run):
     runs = [make_run("one", perplexity=30.0), make_run("two", perplexity=1e8)]
     chart = chart_of_runs(make_frontier(*runs, make_run("no", perplexity=math.inf)), "wiki", True)

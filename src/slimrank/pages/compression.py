@@ -4,6 +4,7 @@ from slimrank.pages import depth, linears
 from slimrank.pages.content import Fact, Page, Section, Table
 from slimrank.pages.promises import chart_of_promises
 from slimrank.pages.run_costs import chart_of_phases, chart_of_search
+from slimrank.pages.tuning import chart_of_tuning, fact_of_tuning
 from slimrank.pages.wording import in_bytes, in_params, in_percent, in_time
 from slimrank.report import AllocationReport, CompressionReport
 
@@ -13,6 +14,8 @@ def compression_page(report: CompressionReport) -> Page:
     sections = [_linears(report)]
     if report.blocks:
         sections.append(_blocks(report))
+    elif report.tuning is not None:
+        sections.append(Section("Tuning", charts=(chart_of_tuning(report.tuning),)))
     sections += [_checks(report), _recipe(report)]
     recipe = report.recipe.model_dump(mode="json")
     settings = [report.recipe.method, f"{recipe['allocation']} ranks"]
@@ -20,6 +23,7 @@ def compression_page(report: CompressionReport) -> Page:
         settings.append(f"{recipe['layout']} layout")
     settings.append("block after block" if report.recipe.is_sequential else "one-shot")
     settings.append(f"refined ({recipe['refine']['preset']})" if report.recipe.refines else "")
+    settings.append("tuned" if report.tuning is not None else "")
     return Page(
         kind="Compression report",
         title=report.model,
@@ -32,13 +36,13 @@ def compression_page(report: CompressionReport) -> Page:
 
 def _facts(report: CompressionReport) -> tuple[Fact, ...]:
     size = report.size
-    low_rank = [x for x in report.linears if x.rank is not None]
+    num_low_rank = sum(x.rank is not None for x in report.linears)
     facts = [
         Fact(
             "kept of the linears",
             in_percent(size.target_params / size.target_params_before),
             f"{in_params(size.target_params_before)} → {in_params(size.target_params)} parameters; "
-            f"{len(low_rank)} of {len(report.linears)} have low rank",
+            f"{num_low_rank} of {len(report.linears)} have low rank",
         ),
         Fact(
             "kept of the model",
@@ -52,18 +56,7 @@ def _facts(report: CompressionReport) -> tuple[Fact, ...]:
             f"{in_bytes(size.int8_bytes)}",
         ),
     ]
-    if report.blocks:
-        last = report.blocks[-1]
-        error = last.held_out or last.calibration
-        text = "held-out" if last.held_out else "calibration"
-        note = (
-            f"of its output's energy, on {text} text; cosine distance {error.cosine_distance:.3f}"
-        )
-        facts.append(Fact("error of the last block", in_percent(error.relative_error), note))
-    elif low_rank:
-        losses = [x.measured_loss for x in low_rank]
-        note = f"of the energy of their targets; worst {in_percent(max(losses))}"
-        facts.append(Fact("mean loss of linears", in_percent(sum(losses) / len(losses)), note))
+    facts += _facts_of_losses(report)
     if report.kv_cache is not None:
         cache = report.kv_cache
         facts.append(
@@ -79,6 +72,29 @@ def _facts(report: CompressionReport) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def _facts_of_losses(report: CompressionReport) -> list[Fact]:
+    facts: list[Fact] = []
+    low_rank = [x for x in report.linears if x.rank is not None]
+    untuned = "; before all blocks were trained together" if report.tuning is not None else ""
+    if report.blocks:
+        last = report.blocks[-1]
+        error = last.held_out or last.calibration
+        text = "held-out" if last.held_out else "calibration"
+        note = (
+            f"of its output's energy, on {text} text; cosine distance {error.cosine_distance:.3f}"
+        )
+        value = in_percent(error.relative_error)
+        facts.append(Fact("error of the last block", value, note + untuned))
+    elif low_rank:
+        losses = [x.measured_loss for x in low_rank]
+        note = f"of the energy of their targets; worst {in_percent(max(losses))}"
+        value = in_percent(sum(losses) / len(losses))
+        facts.append(Fact("mean loss of linears", value, note + untuned))
+    if report.tuning is not None:
+        facts.append(fact_of_tuning(report.tuning))
+    return facts
+
+
 def _linears(report: CompressionReport) -> Section:
     charts = []
     if linears.by_spot(report.linears):
@@ -87,22 +103,29 @@ def _linears(report: CompressionReport) -> Section:
             charts.append(linears.map_of_losses(report.linears))
         if any(x.effective_rank is not None for x in report.linears):
             charts.append(linears.map_of_effective_ranks(report.linears))
-    refined = " They are those that the refinement started from." if report.recipe.refines else ""
+    training = "refinement" if report.recipe.refines else "training of all blocks together"
+    is_trained = report.recipe.refines or report.tuning is not None
+    start = f" They are those that the {training} started from." if is_trained else ""
     return Section(
         "What was kept where",
         "Losses are those of the method's objective for each linear on its own, its ridge included."
-        + refined,
+        + start,
         charts=tuple(charts),
         tables=(linears.table_of_kinds(report.linears),) if report.linears else (),
     )
 
 
 def _blocks(report: CompressionReport) -> Section:
+    charts = [*depth.charts_of_errors(report.blocks), *depth.charts_of_refinement(report.blocks)]
+    untuned = ""
+    if report.tuning is not None:
+        charts.append(chart_of_tuning(report.tuning))
+        untuned = " Measured before all blocks were trained together."
     return Section(
         "Block after block",
         "How far the output of each compressed block is from that of the original block on the "
-        "original stream.",
-        charts=(*depth.charts_of_errors(report.blocks), *depth.charts_of_refinement(report.blocks)),
+        "original stream." + untuned,
+        charts=tuple(charts),
         tables=(depth.table_of_blocks(report.blocks),),
     )
 

@@ -75,16 +75,14 @@ def charts_of_refinement(blocks: Sequence[BlockReport]) -> tuple[Chart, ...]:
     held_out: dict[int, list[float]] = {}
     training: dict[int, list[float]] = {}
     for block in blocks:
-        course = block.refinement
-        if course is None:
+        found = block.refinement
+        if found is None:
             continue
-        if course.start_loss > 0:
-            losses = [course.start_loss, *(epoch.loss for epoch in course.epochs)]
-            training[block.index] = [loss / course.start_loss for loss in losses]
-        start = course.start_held_out_loss
-        if start:
-            held = [start, *(x.held_out_loss for x in course.epochs if x.held_out_loss is not None)]
-            held_out[block.index] = [loss / start for loss in held]
+        if found.start_loss > 0:
+            losses = [found.start_loss, *(epoch.loss for epoch in found.epochs)]
+            training[block.index] = [loss / found.start_loss for loss in losses]
+        if found.start_held_out_loss:
+            held_out[block.index] = [loss / found.course[0] for loss in found.course]
     kept = {x.index: x.refinement.kept_epoch for x in blocks if x.refinement is not None}
     titles = {
         "Refinement on calibration sequences": training,
