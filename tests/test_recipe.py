@@ -143,6 +143,22 @@ def test_best_passes_twice_and_tunes():
 
 
 @pytest.mark.parametrize(
+    ("given", "is_of_text_alone"),
+    [
+        ({}, True),
+        ({"tune": {"epochs": 1}, "refine": "fast"}, True),
+        ({"passes": 2}, False),
+        ({"generated_sequences": 1}, False),
+        ({"effort": "best"}, False),
+    ],
+)
+def test_what_is_of_text_alone(given, is_of_text_alone):
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.8}, **given})
+    assert recipe.is_of_text_alone == is_of_text_alone
+    assert recipe.first_pass().is_of_text_alone
+
+
+@pytest.mark.parametrize(
     ("given", "method"),
     [
         ({"method": "kfac-aa-svd", "ridge": 0.3}, "kfac-svd"),

@@ -122,15 +122,13 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
         raise RecipeError("only a sequential run that writes a folder can be resumed")
     if job.recipe.is_sequential and job.out is not None and not job.resume:
         require_no_run(Path(job.out))
-    if profile is not None and job.recipe.passes == 2:
+    if profile is not None and not job.recipe.is_of_text_alone:
         raise RecipeError(
             "a profile is of one pass, and two are asked for; leave --profile out, or say "
             "--passes 1"
-        )
-    if profile is not None and job.recipe.generated_sequences:
-        raise RecipeError(
-            "a profile is of its text alone, and sequences are to be generated; leave --profile "
-            "out, or say --generate 0"
+            if job.recipe.passes == 2
+            else "a profile is of its text alone, and sequences are to be generated; leave "
+            "--profile out, or say --generate 0"
         )
     opened = None if profile is None else read_profile(profile)
     with job.clock.phase("load"):

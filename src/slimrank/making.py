@@ -29,6 +29,7 @@ from slimrank.methods import STREAMS
 from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel, write_profile
 from slimrank.recipe import CompressionRecipe
+from slimrank.report import RanksReport
 from slimrank.search import require_held_out
 from slimrank.second_look import look_again
 from slimrank.sequential import factorise_in_sequence
@@ -90,6 +91,23 @@ class Job:
         own, held_out = hold_out(windows, self.recipe.calibration.held_out_sequences)
         return TokenWindows((*own.windows, *self.generated)), held_out
 
+    def all_windows(self) -> TokenWindows:
+        """Both of these as one: windows to calibrate on, and behind them those that are held out.
+
+        Examples
+        --------
+        >>> import torch
+        >>> recipe = CompressionRecipe.from_dict(
+        ...     {"budget": {"param_ratio": 0.5}, "calibration": {"held_out_sequences": 1}})
+        >>> text = TokenWindows((torch.tensor([1]), torch.tensor([2])))
+        >>> job = Job(recipe, None, None, text, CompressionOptions(), False, ExitStack(),
+        ...     generated=(torch.tensor([3]),))
+        >>> [window.item() for window in job.all_windows().windows]
+        [1, 3, 2]
+        """
+        calibration, held_out = self.held_apart()
+        return TokenWindows((*calibration.windows, *(held_out.windows if held_out else ())))
+
 
 def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) -> Made:
     """Choose ranks and replace the linears.
@@ -109,7 +127,7 @@ def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) ->
         As `slimrank.compress`.
     """
     recipe, clock = job.recipe, job.clock
-    if recipe.passes == 1 and recipe.tune is None and not recipe.generated_sequences:
+    if recipe.is_of_text_alone and recipe.tune is None:
         return _make(source, work, job, opened)
     job = replace(job.drawn(), always_holds_out=True)
     if recipe.generated_sequences:
@@ -117,7 +135,7 @@ def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) ->
     tuning = None
     if recipe.tune is not None:
         calibration, held_out = job.held_apart()
-        calibration.check_vocabulary(num_embeddings(source.model))
+        job.all_windows().check_vocabulary(num_embeddings(source.model))
         with clock.phase("predictions"):
             tuning = Tuning.prepare(
                 source.model, work.anatomy, calibration, held_out, job.options, _store(job)
@@ -177,7 +195,6 @@ def _make(
         is_held_apart = opened is not None or job.always_holds_out
         windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=False)
         windows = job.held_apart()[0] if is_held_apart else windows
-        windows.check_vocabulary(num_embeddings(source.model))
         statistics = statistics or _statistics(
             source, work, job, recipe.needs_beside_ranks, windows
         )
@@ -205,7 +222,6 @@ def _make(
 def _look_twice(source: ProfiledModel, work: Work, job: Job) -> Statistics:
     """Statistics of the original model and of what a first pass makes of it, as if of one text."""
     recipe, windows = job.recipe, job.held_apart()[0]
-    windows.check_vocabulary(num_embeddings(source.model))
     first = _statistics(source, work, job, recipe.needs, windows)
     first = first or Statistics(_store(job), windows.tokens)
     with ExitStack() as stack:  # the first profile is gone before the second is made
@@ -219,7 +235,10 @@ def _look_twice(source: ProfiledModel, work: Work, job: Job) -> Statistics:
 def _statistics(
     source: ProfiledModel, work: Work, job: Job, needs: frozenset[str], windows: TokenWindows
 ) -> Statistics | None:
-    """What is needed of the original model beside moments, of these windows; kept to the end."""
+    """What is needed of the original model beside moments, of these windows; kept to the end.
+
+    The windows are held against its vocabulary first.
+    """
     windows.check_vocabulary(num_embeddings(source.model))
     return collect_statistics(
         source.model, work.anatomy, needs, job.recipe, windows, job.options, job.clock, _store(job)
@@ -239,10 +258,9 @@ def _passing_profile(
     spectra_only: bool = False,
 ) -> Profile:
     """Profile for ranks that need the spectra of all blocks; beside the output, gone at the end."""
-    recipe, (calibration, held_out) = job.recipe.for_profile(), job.held_apart()
+    recipe, (_, held_out) = job.recipe.for_profile(), job.held_apart()
     if recipe.allocation == "swift" and recipe.swift.importance_weight is None:
         require_held_out(held_out, "the calibration text")
-    drawn = TokenWindows((*calibration.windows, *(held_out.windows if held_out else ())))
     parted = {"held_out_sequences": len(held_out.windows) if held_out else 0}
     sample = recipe.calibration.model_copy(update=parted)
     passing = TemporaryDirectory(prefix=".slimrank-", dir=job.beside)
@@ -253,7 +271,7 @@ def _passing_profile(
         source,
         work,
         recipe.model_copy(update={"calibration": sample}),
-        drawn,
+        job.all_windows(),
         job.options,
         job.clock,
         spectra_only,
@@ -272,39 +290,14 @@ def _make_in_sequence(
     job = job.drawn()
     model, recipe, clock = source.model, job.recipe, job.clock
     calibration, held_out = job.held_apart()
-    drawn = TokenWindows((*calibration.windows, *(held_out.windows if held_out else ())))
-    marks: dict[str, Any] = {
-        "recipe_fingerprint": recipe.fingerprint(),
-        "model_fingerprint": source.fingerprint,
-        "calibration_fingerprint": drawn.fingerprint(),
-        "dtype": environment(model)["dtype"],
-    }
-    drawn.check_vocabulary(num_embeddings(model))
+    job.all_windows().check_vocabulary(num_embeddings(model))
     is_resumed = job.resume and job.out is not None and has_run(Path(job.out))
     ranks_are_known = is_resumed or opened is not None
     needs = recipe.needs_beside_ranks if ranks_are_known else recipe.needs
     statistics = statistics or _statistics(source, work, job, needs, calibration)
-    state = None
-    if is_resumed and job.out is not None:
-        state = job.stack.enter_context(RunState.resume(Path(job.out)))
-        state.require(**marks)
-        for difference in state.manifest.differences(environment(model)):
-            warnings.warn(
-                f"the run was begun with another {difference}; its bits may differ from those of "
-                "an unbroken run",
-                NumericalWarning,
-                stacklevel=2,
-            )
-        ranks, allocation = RankPlan(state.manifest.ranks), state.manifest.allocation
-    else:
-        if opened is None and recipe.allocation != "uniform":
-            opened = _passing_profile(source, work, job, statistics, spectra_only=True)
-        ranks, allocation = choose_ranks(model, work, recipe, opened, job.options, clock)
-        if job.out is not None:
-            manifest = RunManifest(
-                **marks, versions=environment(model), ranks=dict(ranks.ranks), allocation=allocation
-            )
-            state = job.stack.enter_context(RunState.begin(Path(job.out), manifest))
+    ranks, allocation, state = _begin_or_resume(
+        source, work, job, opened, statistics, is_resumed=is_resumed
+    )
     store = _store(job)
     length = max(len(window) for window in calibration.windows)
     size = job.options.batch_size or default_batch_size(length)
@@ -332,3 +325,42 @@ def _make_in_sequence(
         blocks=tuple(walk.blocks),
         state=state,
     )
+
+
+def _begin_or_resume(
+    source: ProfiledModel,
+    work: Work,
+    job: Job,
+    opened: Profile | None,
+    statistics: Statistics | None,
+    is_resumed: bool,
+) -> tuple[RankPlan, RanksReport | None, RunState | None]:
+    """Ranks, how they were chosen, and what keeps finished blocks if a folder is to be written."""
+    model, recipe = source.model, job.recipe
+    marks: dict[str, Any] = {
+        "recipe_fingerprint": recipe.fingerprint(),
+        "model_fingerprint": source.fingerprint,
+        "calibration_fingerprint": job.all_windows().fingerprint(),
+        "dtype": environment(model)["dtype"],
+    }
+    if is_resumed and job.out is not None:
+        state = job.stack.enter_context(RunState.resume(Path(job.out)))
+        state.require(**marks)
+        for difference in state.manifest.differences(environment(model)):
+            warnings.warn(
+                f"the run was begun with another {difference}; its bits may differ from those of "
+                "an unbroken run",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        return RankPlan(state.manifest.ranks), state.manifest.allocation, state
+    if opened is None and recipe.allocation != "uniform":
+        opened = _passing_profile(source, work, job, statistics, spectra_only=True)
+    ranks, allocation = choose_ranks(model, work, recipe, opened, job.options, job.clock)
+    if job.out is None:
+        return ranks, allocation, None
+    manifest = RunManifest(
+        **marks, versions=environment(model), ranks=dict(ranks.ranks), allocation=allocation
+    )
+    state = job.stack.enter_context(RunState.begin(Path(job.out), manifest))
+    return ranks, allocation, state

@@ -397,6 +397,11 @@ class CompressionRecipe(_Frozen):
         return bool(self.needs) or self.refines or self.tune is not None
 
     @property
+    def is_of_text_alone(self) -> bool:
+        """Whether statistics are of the text alone, in one pass: all that a profile knows."""
+        return self.passes == 1 and not self.generated_sequences
+
+    @property
     def refines(self) -> bool:
         """Whether blocks are trained."""
         return self.refine.preset != "off"

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from slimrank.calibration import (
     FINAL,
@@ -20,7 +19,7 @@ from slimrank.calibration import (
     RestOfModel,
     Streams,
     TokenWindows,
-    call_block,
+    call_checkpointed,
     default_batch_size,
     embed_streams,
     keep_final,
@@ -130,16 +129,8 @@ class _Stack(nn.Module):
 
     def forward(self, hidden: Tensor, numbers: list[int]) -> Tensor:
         for index, block in enumerate(self.blocks):
-            call = self.streams.call(index, numbers)
-            hidden = checkpoint(
-                _run, block, hidden, call, use_reentrant=False, preserve_rng_state=False
-            )
+            hidden = call_checkpointed(block, hidden, self.streams.call(index, numbers))
         return hidden
-
-
-def _run(block: nn.Module, hidden: Tensor, call: Any) -> Tensor:
-    # it is run again from the same states, so a block may not change them in place
-    return call_block(block, hidden.clone(), call)
 
 
 @dataclass(frozen=True, slots=True)

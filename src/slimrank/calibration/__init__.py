@@ -31,7 +31,7 @@ from slimrank.calibration.replay import (
     embed_batches,
     run_block,
 )
-from slimrank.calibration.rest import FINAL, RestOfModel, keep_final
+from slimrank.calibration.rest import FINAL, RestOfModel, call_checkpointed, keep_final
 from slimrank.calibration.sensitivity import output_sensitivity
 from slimrank.calibration.shifted import pass_level, pass_shifted
 from slimrank.calibration.store import ActivationStore, stacked, together
@@ -71,6 +71,7 @@ __all__ = [
     "TokenWindows",
     "after_blocks",
     "call_block",
+    "call_checkpointed",
     "call_levels",
     "check_on_tokens",
     "collect_gradients",

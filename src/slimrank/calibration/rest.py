@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slimrank.calibration.head import head_logits
-from slimrank.calibration.replay import blocks_of, call_block
+from slimrank.calibration.replay import Call, blocks_of, call_block
 from slimrank.calibration.store import stacked
 from slimrank.calibration.streams import ORIGINAL, Streams
 from slimrank.model import Anatomy
@@ -82,16 +82,8 @@ class RestOfModel:
         dtype = self._dtype(numbers)
         later = blocks_of(self.model, self.anatomy)[self.index + 1 :]
         for index, block in enumerate(later, self.index + 1):
-            hidden = checkpoint(
-                _run_frozen,
-                block,
-                hidden.to(dtype),
-                self.streams,
-                index,
-                numbers,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            call = self.streams.call(index, numbers)
+            hidden = call_checkpointed(block, hidden.to(dtype), call, is_frozen=True)
         return hidden.to(dtype)
 
     def wanted(self, numbers: Sequence[int]) -> Float[Tensor, "batch length hidden"]:
@@ -113,12 +105,28 @@ class RestOfModel:
         return self.streams.store.get((FINAL, numbers[0])).dtype
 
 
-def _run_frozen(
-    block: nn.Module, hidden: Tensor, streams: Streams, index: int, numbers: Sequence[int]
+def call_checkpointed(
+    block: nn.Module, hidden: Tensor, call: Call, is_frozen: bool = False
 ) -> Tensor:
-    with _frozen(block.parameters()):
-        # it is run again from the same states, so a block may not change them in place
-        return call_block(block, hidden.clone(), streams.call(index, numbers))
+    """Do what `call_block` does, but keep no graph: the block is run again for its gradient.
+
+    Parameters
+    ----------
+    block : nn.Module
+    hidden : Tensor of shape (batch, length, hidden)
+    call : tuple
+        The arguments beside the hidden states.
+    is_frozen : bool
+        Let its parameters get no gradients.
+    """
+
+    def run(states: Tensor) -> Tensor:
+        with _frozen(block.parameters() if is_frozen else ()):
+            # it is run again from the same states, so a block may not change them in place
+            return call_block(block, states.clone(), call)
+
+    output: Tensor = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
 @contextmanager

@@ -208,14 +208,10 @@ def print_blocks(report: CompressionReport) -> None:
 
 def print_tuning(found: RefinementReport) -> None:
     """Say what training all blocks together brought, on held-out text if there is any."""
-    before, epochs = found.start_held_out_loss, found.epochs[: found.kept_epoch]
-    text = "calibration" if before is None else "held-out"
-    losses = [epoch.loss if before is None else epoch.held_out_loss for epoch in epochs]
-    start = found.start_loss if before is None else before
-    after = losses[-1] if losses and losses[-1] is not None else start
+    text = "calibration" if found.start_held_out_loss is None else "held-out"
     typer.echo(
         f"all blocks trained together for {found.kept_epoch} epochs: divergence of the predictions "
-        f"on {text} text {start:.4f} -> {after:.4f} nats a token"
+        f"on {text} text {found.course[0]:.4f} -> {found.kept_loss:.4f} nats a token"
     )
 
 
