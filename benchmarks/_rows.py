@@ -19,7 +19,13 @@ import torch
 
 from slimrank import CompressionRecipe, TokenWindows, compress
 from slimrank.calibration import draw_windows, read_text
-from slimrank.evaluation import perplexity, windows_perplexity
+from slimrank.evaluation import (
+    find_choice_tasks,
+    perplexity,
+    read_choice_tasks,
+    windows_perplexity,
+    zero_shot,
+)
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CalibrationRecipe
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
@@ -45,6 +51,8 @@ def main(suites: Suites, description: str | None) -> None:
     parser.add_argument("--test")
     parser.add_argument("--other")
     parser.add_argument("--num-windows", type=int)
+    parser.add_argument("--questions", help="a folder of zero-shot tasks")
+    parser.add_argument("--limit", type=int, help="questions of each task")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--eval-device")
@@ -85,7 +93,7 @@ def main(suites: Suites, description: str | None) -> None:
     wanted = list(enumerate([*suites[options.suite](options.ridge), None]))
     for number, row in reversed(wanted) if options.backwards else wanted:
         is_heavy = row is not None and (
-            is_refined(row) or row.keys() & {"passes", "generated_sequences"}
+            is_refined(row) or row.get("passes", 1) > 1 or "generated_sequences" in row
         )
         if known and (row is None or plainly({**BASE, **row}) in seen):
             continue
@@ -95,7 +103,7 @@ def main(suites: Suites, description: str | None) -> None:
             continue
         if shared and not claimed(Path(options.claims) / f"{options.suite}-{number}"):
             continue
-        rows.append(measure(row, dense, ids, unseen, options))
+        rows.append(measure(row, dense, ids, unseen, options, tokenizer))
         print(json.dumps(rows[-1]["wanted"]), rows[-1].get("perplexity"), flush=True)
         _record.write(options.out, 0, settings, rows, quiet=True)
 
@@ -129,6 +137,7 @@ def measure(
     ids: dict[str, torch.Tensor],
     unseen: TokenWindows,
     options: Any,
+    tokenizer: Any,
 ) -> dict[str, Any]:
     wanted = None if row is None else {**BASE, **row}
     model = copy.deepcopy(dense)
@@ -174,7 +183,16 @@ def measure(
         for name in ("test", "other"):
             value = perplexity(model, ids[name], 1024, options.num_windows).value
             found["perplexity"][name] = value
+    if options.questions:
+        found["accuracy"] = accuracy(model, tokenizer, options.questions, options.limit)
     return found
+
+
+def accuracy(model: Any, tokenizer: Any, folder: str, limit: int | None) -> dict[str, Any]:
+    """Share of questions that are answered rightly, by task, with its standard error."""
+    tasks = read_choice_tasks(folder, find_choice_tasks(folder), limit)
+    found = zero_shot(model, tokenizer, tasks, batch_size=64)
+    return {name: [result.accuracy, result.stderr] for name, result in found.items()}
 
 
 def merge(files: list[str], out: str) -> None:

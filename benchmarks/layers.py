@@ -1,16 +1,19 @@
 """Time of one linear: dense, and of low rank in both layouts at the same number of parameters.
 
-    python benchmarks/layers.py --out results/layers.json
+    python benchmarks/layers.py [--model MODEL] --out results/layers.json
 
 Random square linears. Decode is one token, through a row of layers that together outgrow the
 caches, as the weights of a model do; prefill is many tokens through a few. The layouts take turns
-at every layer; medians over all calls and their ratios are quoted.
+at every layer; medians over all calls and their ratios are quoted. With a model, it also decodes
+with all of its linears in each layout, of random factors.
 """
 
 import argparse
+import copy
 import itertools
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import _record
@@ -18,9 +21,13 @@ import torch
 from torch import nn
 
 from slimrank.allocation import LinearShape
+from slimrank.model import discover, replace_linear
 from slimrank.nn import LowRankLinear
+from slimrank.source import load_model, parse_source
 
+LAYOUTS = ("plain", "pivoted")
 PREFILL_COPIES = 4
+PROMPT, NEW = 32, 24
 
 
 def main() -> None:
@@ -32,6 +39,7 @@ def main() -> None:
     parser.add_argument("--working-set", type=int, default=256, help="MiB of dense weights")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
@@ -39,7 +47,11 @@ def main() -> None:
     draw = torch.Generator().manual_seed(options.seed)
     cases = itertools.product(options.widths, options.dtypes, options.keeps)
     results = [case(*chosen, options, draw) for chosen in cases]
+    if options.model:
+        results += [whole(options.model, keep, options.rounds, draw) for keep in options.keeps]
     settings = {name: value for name, value in vars(options).items() if name != "out"}
+    if options.model:
+        settings["model"] = Path(options.model).name
     _record.write(options.out, options.seed, settings, results)
 
 
@@ -49,7 +61,7 @@ def case(
     """Microseconds of a layer, and what they are of the dense and of the plain one."""
     kind = getattr(torch, dtype)
     budget = int(keep * width * width)
-    shapes = [LinearShape("linear", width, width, layout=name) for name in ("plain", "pivoted")]
+    shapes = [LinearShape("linear", width, width, layout=name) for name in LAYOUTS]
     ranks = {shape.layout: shape.largest_rank(budget) for shape in shapes}
     copies = options.working_set * 2**20 // (width * width * kind.itemsize)
     rows = {
@@ -69,6 +81,55 @@ def case(
         }
     print(found, flush=True)
     return found
+
+
+def whole(model: str, keep: float, rounds: int, draw: torch.Generator) -> dict[str, Any]:
+    """Milliseconds of a new token of a model."""
+    dense = load_model(parse_source(model)).eval()
+    models = {"dense": dense, **{name: in_layout(dense, name, keep, draw) for name in LAYOUTS}}
+    prompt = torch.randint(dense.config.vocab_size, (1, PROMPT), generator=draw)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, each in models.items():
+            start = time.perf_counter()
+            each.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=NEW,
+                max_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            times[name].append(1e3 * (time.perf_counter() - start) / NEW)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    found = {
+        "model": Path(model).name,
+        "keep": keep,
+        "milliseconds a token": medians,
+        "pivoted to dense": medians["pivoted"] / medians["dense"],
+        "pivoted to plain": medians["pivoted"] / medians["plain"],
+    }
+    print(found, flush=True)
+    return found
+
+
+def in_layout(dense: Any, layout: Any, keep: float, draw: torch.Generator) -> Any:
+    """A copy whose linears are of low rank, of random factors."""
+    model = copy.deepcopy(dense)
+    for groups in discover(model, torch.arange(12)[None]).groups:
+        for site in (site for group in groups for site in group.sites):
+            linear = model.get_submodule(site.name)
+            out, inner = linear.weight.shape
+            shape = LinearShape("linear", out, inner, layout=layout)
+            rank = shape.largest_rank(int(keep * out * inner))
+            made = LowRankLinear.unfilled(linear, rank, pivoted=layout == "pivoted")
+            for part in (made.latent, made.expand):
+                part.weight.data.normal_(0, 0.02, generator=draw)
+            if made.pivoted:
+                rows = torch.randperm(out, generator=draw)[:rank].sort().values
+                made.pivots.copy_(rows.to(torch.int32))
+            replace_linear(model, site.name, made)
+    return model.eval()
 
 
 def layer(name: str, width: int, rank: int, dtype: torch.dtype, draw: torch.Generator) -> nn.Module:

@@ -19,7 +19,7 @@ class Rows(NamedTuple):
         Rows that are latents, in the order of these.
     others : Tensor of shape (out - rank,)
         All other rows, ascending.
-    order : Tensor of shape (out,)
+    order : Tensor of shape (1, 1, out)
         Where each row is found in latents followed by the others.
     rank : int
     """
@@ -38,6 +38,8 @@ class RowNumbers:
     device. It is derived when it is asked for and the pivots are another tensor than last time, or
     one that was written to. Copies and pickles begin anew.
     """
+
+    __slots__ = ("_kept",)
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, int, Rows] | None = None
@@ -88,7 +90,8 @@ def _version(pivots: Tensor) -> int:
 
 def _derived(pivots: Tensor, out_features: int) -> Rows:
     chosen, others = pivots.long(), other_rows(pivots, out_features)
-    return Rows(chosen, others, torch.cat([chosen, others]).argsort(), len(pivots))
+    order = torch.cat([chosen, others]).argsort()
+    return Rows(chosen, others, order[None, None], len(pivots))
 
 
 def check_pivots(pivots: Tensor, out_features: int, name: str = "a pivoted linear") -> None:
@@ -155,7 +158,8 @@ def place_rows(latents: Tensor, others: Tensor, rows: Rows) -> Tensor:
     if latents.numel() == rows.rank and not torch.compiler.is_compiling():
         # one token: a third faster than what is best for many
         outputs = torch.cat((latents, others), -1)
-        return outputs.take(rows.order).view_as(outputs)
+        placed = outputs.take(rows.order)
+        return placed if outputs.ndim == placed.ndim else placed.view_as(outputs)
     return _placed(latents, others, rows.pivots, rows.others)
 
 
