@@ -149,6 +149,15 @@ def zero_shot() -> None:
         row(name, kept or "all", f"{perplexity:.1f}", *values, *(f"{mean:.3f}" for mean in means))
 
 
+def int8() -> None:
+    """What int8 weights and int8 factors get at their bytes."""
+    header("model", "MB of the linears", "MB of the model", "WikiText-2", "other")
+    for run in sorted(read("int8")["runs"], key=lambda run: -run["bytes"]):
+        values = [figure["value"] for figure in run["perplexity"].values()]
+        sizes = (f"{run[key] / 1e6:.1f}" for key in ("linear_bytes", "bytes"))
+        row(run["name"].replace("layout=", ""), *sizes, *(f"{value:.1f}" for value in values))
+
+
 def default() -> None:
     """The default beside what others do, for the README."""
     record = read("ablation")
