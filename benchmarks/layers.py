@@ -4,8 +4,9 @@
 
 Random square linears. Decode is one token, through a row of layers that together outgrow the
 caches, as the weights of a model do; prefill is many tokens through a few. The layouts take turns
-at every layer; medians over all calls and their ratios are quoted. With a model, it also decodes
-with all of its linears in each layout, of random factors.
+at every layer; medians over all calls and their ratios are quoted. On a GPU a row of layers is one
+CUDA graph, as serving engines have it, and the layouts take turns at every row. With a model, it
+also decodes with all of its linears in each layout, of random factors.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--working-set", type=int, default=256, help="MiB of dense weights")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
@@ -52,6 +54,8 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     if options.model:
         settings["model"] = Path(options.model).name
+    if options.device != "cpu":
+        settings["gpu"] = torch.cuda.get_device_name(options.device)
     _record.write(options.out, options.seed, settings, results)
 
 
@@ -65,14 +69,15 @@ def case(
     ranks = {shape.layout: shape.largest_rank(budget) for shape in shapes}
     copies = options.working_set * 2**20 // (width * width * kind.itemsize)
     rows = {
-        name: [layer(name, width, rank, kind, draw) for _ in range(copies)]
+        name: [layer(name, width, rank, kind, draw).to(options.device) for _ in range(copies)]
         for name, rank in [("dense", 0), *ranks.items()]
     }
     found: dict[str, Any] = {"width": width, "dtype": dtype, "keep": keep, "ranks": ranks}
     for phase, tokens, few in (("decode", 1, copies), ("prefill", options.tokens, PREFILL_COPIES)):
         part = {name: layers[:few] for name, layers in rows.items()}
-        inputs = torch.randn(1, tokens, width, generator=draw).to(kind)
-        medians = timed(part, inputs, options.rounds)
+        inputs = torch.randn(1, tokens, width, generator=draw).to(options.device, kind)
+        clock = timed if options.device == "cpu" else timed_graphs
+        medians = clock(part, inputs, options.rounds)
         found[phase] = {
             "microseconds": medians,
             "plain to dense": medians["plain"] / medians["dense"],
@@ -155,6 +160,36 @@ def timed(rows: dict[str, list[nn.Module]], inputs: torch.Tensor, rounds: int) -
                 if number:
                     times[name].append(1e6 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@torch.inference_mode()
+def timed_graphs(
+    rows: dict[str, list[nn.Module]], inputs: torch.Tensor, rounds: int
+) -> dict[str, float]:
+    """Median microseconds of a layer in a CUDA graph of all of its row."""
+    graphs = {name: captured(layers, inputs) for name, layers in rows.items()}
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for number in range(rounds + 1):
+        for name, graph in graphs.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            graph.replay()
+            torch.cuda.synchronize()
+            if number:
+                times[name].append(1e6 * (time.perf_counter() - start) / len(rows[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def captured(layers: list[nn.Module], inputs: torch.Tensor) -> torch.cuda.CUDAGraph:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for each in layers:
+            each(inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for each in layers:
+            each(inputs)
+    return graph
 
 
 if __name__ == "__main__":

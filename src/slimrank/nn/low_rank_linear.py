@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.linalg import Factors, pivot_rows
-from slimrank.nn.row_placement import RowNumbers, Rows, check_pivots, place_rows
+from slimrank.nn.quick_linear import call_linear
+from slimrank.nn.row_placement import RowNumbers, Rows, check_pivots, expand_into_rows
 
 
 class LowRankLinear(nn.Module):
@@ -185,22 +186,23 @@ class LowRankLinear(nn.Module):
         CheckpointError
             If the pivots do not name different rows.
         """
-        return self._rows.of(self.pivots, self.out_features)
+        pivots = self._buffers["pivots"]  # for one token the way by the attribute counts
+        assert pivots is not None
+        return self._rows.of(pivots, self.out_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        latents = self.latent(inputs)
+        latents = call_linear(self.latent, inputs)
         if self.on_latent is not None:
             self.on_latent(latents)
         return self.expand_latents(latents)
 
     def expand_latents(self, latents: Tensor) -> Tensor:
         """Map latents ``(..., rank)`` to ``(..., out)``: the second half of `forward`."""
-        outputs: Tensor = self.expand(latents)
         if self.pivoted:
-            pivots = self._buffers["pivots"]  # for one token the way by the attribute counts
-            assert pivots is not None
-            outputs = place_rows(latents, outputs, self._rows.of(pivots, self.out_features))
+            outputs = expand_into_rows(latents, self.expand, self.row_numbers())
+        else:
+            outputs = call_linear(self.expand, latents)
         return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:

@@ -1,13 +1,20 @@
 """Where the outputs of a pivoted linear stand: latents in some rows, the others between them."""
 
+from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimrank.errors import CheckpointError
 from slimrank.linalg import other_rows
+from slimrank.nn.quick_linear import bare_weight, call_linear
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_COMPILED: set[tuple[Any, ...]] = set()  # what the kernel has run for
+_WITHOUT_KERNEL: list[str] = []  # why it failed once: then it is not tried again
 
 
 class Rows(NamedTuple):
@@ -161,6 +168,75 @@ def place_rows(latents: Tensor, others: Tensor, rows: Rows) -> Tensor:
         placed = outputs.take(rows.order)
         return placed if outputs.ndim == placed.ndim else placed.view_as(outputs)
     return _placed(latents, others, rows.pivots, rows.others)
+
+
+def expand_into_rows(latents: Tensor, expand: nn.Module, rows: Rows) -> Tensor:
+    """Outputs of a pivoted linear from its latents; of one token on a GPU, in a single kernel.
+
+    Parameters
+    ----------
+    latents : Tensor of shape (..., rank)
+    expand : nn.Module
+        The linear that makes the others.
+    rows : Rows
+
+    Returns
+    -------
+    Tensor of shape (..., out)
+    """
+    if latents.is_cuda and _is_one_token(latents, rows):
+        weight = bare_weight(expand)
+        if weight is not None and _fits_kernel(weight, latents):
+            outputs = _by_kernel(latents, weight, rows)
+            if outputs is not None:
+                return outputs
+    return place_rows(latents, call_linear(expand, latents), rows)
+
+
+def _is_one_token(latents: Tensor, rows: Rows) -> bool:
+    is_eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    return is_eager and latents.numel() == rows.rank
+
+
+def _fits_kernel(weight: Tensor, latents: Tensor) -> bool:
+    """Whether it is stored as the kernel reads it: no quantiser's tensor, no other dtype."""
+    is_plain = type(weight) in (Tensor, nn.Parameter) and type(latents) is Tensor
+    return is_plain and weight.dtype == latents.dtype and weight.dtype in _KERNEL_DTYPES
+
+
+def _by_kernel(latents: Tensor, weight: Tensor, rows: Rows) -> Tensor | None:
+    """One token's outputs by a kernel of its own; None where the common way is to be gone.
+
+    In a CUDA graph it saves what placing costs; launched from Python it costs a little more. So it
+    runs where a graph is captured, and once before for each shape, since it is compiled then.
+    """
+    kind = latents.device.index, weight.shape, weight.dtype, weight.data_ptr() % 16
+    is_capturing = torch.cuda.is_current_stream_capturing()
+    expand = triton_kernel() if (kind in _COMPILED) == is_capturing else None
+    if expand is None:
+        return None
+    try:
+        outputs: Tensor = expand(latents, weight, rows.pivots, rows.others)
+    except Exception as error:  # no compiler in the image, a GPU that Triton does not know
+        if is_capturing:
+            raise
+        _WITHOUT_KERNEL.append(f"{type(error).__name__}: {error}")
+        return None
+    _COMPILED.add(kind)
+    return outputs
+
+
+def triton_kernel() -> Any:
+    """What makes and places the rows of one token; None where Triton is not to be had."""
+    return None if _WITHOUT_KERNEL else _imported_kernel()
+
+
+@cache
+def _imported_kernel() -> Any:
+    try:
+        return import_module("slimrank.nn.triton_rows").expand_one_token
+    except ImportError:
+        return None
 
 
 def _placed(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor) -> Tensor:
