@@ -5,15 +5,9 @@ from typing import Any
 
 from _rows import plainly
 from _tables import header, read, row
+from ablation import BEST_EFFORT, DEFAULT, OWN, OWN_TUNED, PUBLISHED, TWICE, UNIFORM
 
 TITLES = ("Δ, share of the first", "WikiText-2", "other")
-UNIFORM = {"method": "swift-svd"}
-DEFAULT = {"method": "kfac-svd", "allocation": "global", "layout": "auto"}
-TWICE = {**DEFAULT, "passes": 2}
-OWN = {"generated_sequences": 96}
-OWN_TUNED = {**TWICE, **OWN, "tune": {"epochs": 8}}
-BEST_EFFORT = {**OWN_TUNED, "generated_sequences": 128, "refine": "fast"}  # as --effort best
-PUBLISHED = {**UNIFORM, "refine": {"preset": "paper", "epochs": 10}}
 EARLIER = {"damping": 1e-3}  # the default when some rows were measured; see the search for it
 SIZES = (0.8, 0.6, 0.4)
 
@@ -52,8 +46,8 @@ def frontier() -> None:
         ("default, blocks refined by `gradient`", {**DEFAULT, "refine": gradient}),
         ("two passes, tuned", {**TWICE, "tune": {}}),
         ("two passes, blocks refined, tuned", {**TWICE, "refine": "fast", "tune": {"epochs": 12}}),
-        ("default, 96 sequences of its own", {**DEFAULT, **OWN}),
-        ("two passes, 96 of its own", {**TWICE, **OWN}),
+        ("default, 96 sequences of its own", {**OWN, "passes": 1}),
+        ("two passes, 96 of its own", OWN),
         ("two passes, 96 of its own, tuned", OWN_TUNED),
         ("**best**: two passes, 128 of its own, blocks refined, tuned", BEST_EFFORT),
     ]
@@ -77,18 +71,17 @@ def steady() -> None:
         ("192 sequences, seed 0", {"sequences": 192}),
     ):
         cells: list[str] = []
-        first: dict[float, float] = {}
-        for keep, (name, keys, _) in columns:
-            found = _find(record, keep, {**keys, **drawn})
+        for keep, (_, keys, _) in columns:
+            found, uniform = (_find(record, keep, {**of, **drawn}) for of in (keys, UNIFORM))
             if found is None:
                 cells.append("-")
                 continue
-            delta = math.log(found["perplexity"]["test"] / dense)
-            if name == "uniform":
-                first[keep] = delta
-            share = (
-                "" if name == "uniform" or keep not in first else f" ({delta / first[keep]:.3f})"
-            )
+            share = ""
+            if uniform is not None and keys is not UNIFORM:
+                delta, first = (
+                    math.log(run["perplexity"]["test"] / dense) for run in (found, uniform)
+                )
+                share = f" ({delta / first:.3f})"
             cells.append(f"{found['perplexity']['test']:.1f}{share}")
         row(title, *cells)
 

@@ -11,8 +11,8 @@ import _rows
 from _rows import plainly
 
 SAME = {"sequences": 48}
-BEST = {**SAME, "method": "kfac-svd", "allocation": "global", "layout": "auto"}
-TWICE = {**BEST, "passes": 2}
+DEFAULT = {**SAME, "method": "kfac-svd", "allocation": "global", "layout": "auto"}
+TWICE = {**DEFAULT, "passes": 2}
 PUBLISHED = {**SAME, "method": "swift-svd", "refine": {"preset": "paper", "epochs": 10}}
 KEEP = (0.8, 0.6, 0.4)
 TUNE: dict[str, Any] = {"tune": {}}
@@ -29,11 +29,11 @@ def unit(name: str) -> dict[str, Any]:
 
 def search(_: float | None) -> list[dict[str, Any]]:
     """Damping, ridge, labels and the rate of tuning; chosen by text that no run has seen."""
-    rows: list[dict[str, Any]] = [{**BEST, "damping": size} for size in (1e-3, 1e-1, 1e-4)]
-    rows += [{**BEST, "ridge": size} for size in (0.01, 0.1)]
-    rows += [{**BEST, "gradients": {"labels": "model"}}]
-    rows += [{**BEST, "keep": 0.6, "damping": size} for size in (1e-3, 1e-1)]
-    rows += [{**BEST, "keep": 0.6, "ridge": size} for size in (0.01,)]
+    rows: list[dict[str, Any]] = [{**DEFAULT, "damping": size} for size in (1e-3, 1e-1, 1e-4)]
+    rows += [{**DEFAULT, "ridge": size} for size in (0.01, 0.1)]
+    rows += [{**DEFAULT, "gradients": {"labels": "model"}}]
+    rows += [{**DEFAULT, "keep": 0.6, "damping": size} for size in (1e-3, 1e-1)]
+    rows += [{**DEFAULT, "keep": 0.6, "ridge": size} for size in (0.01,)]
     rates = [{"learning_rate": rate} for rate in (1e-4, 2e-4)]
     return rows + [{**TWICE, "keep": 0.6, "tune": how} for how in rates]
 
@@ -45,10 +45,10 @@ def headline(_: float | None) -> list[dict[str, Any]]:
         rows += [{**row, "keep": keep} for row in ({**TWICE, **TUNE}, TWICE, UNIFORM)]
     rows += [{**TWICE, "keep": 0.6, "refine": "fast", **TUNE}]
     rows += [{**TWICE, "keep": 0.6, "refine": "fast"}]
-    rows += [{**BEST, "keep": 0.4}, {**PUBLISHED, "keep": 0.4}]
-    rows += [{**TWICE, "keep": 0.6, "method": "kfac-aa-svd"}, {**BEST, "keep": 0.6, **TUNE}]
+    rows += [{**DEFAULT, "keep": 0.4}, {**PUBLISHED, "keep": 0.4}]
+    rows += [{**TWICE, "keep": 0.6, "method": "kfac-aa-svd"}, {**DEFAULT, "keep": 0.6, **TUNE}]
     for keep in KEEP:
-        rows += [{**BEST, "keep": keep}, {**PUBLISHED, "keep": keep}]
+        rows += [{**DEFAULT, "keep": keep}, {**PUBLISHED, "keep": keep}]
         rows += [{**TWICE, "keep": keep, "refine": "fast", **TUNE}]
         rows += [{**TWICE, "keep": keep, "refine": "fast"}]
     return rows
@@ -64,7 +64,7 @@ def generated(_: float | None) -> list[dict[str, Any]]:
 
 
 def best(_: float | None) -> list[dict[str, Any]]:
-    """The highest effort; questions are asked of it too."""
+    """The highest effort."""
     return [{**BEST_EFFORT, "keep": keep} for keep in (0.6, 0.8, 0.4)]
 
 
@@ -78,7 +78,7 @@ def parts(_: float | None) -> list[dict[str, Any]]:
                 rows += [same, {**same, "allocation": "global"}]
         plain = {**SAME, "keep": keep, "method": "swift-svd"}
         rows += [{**plain, **unit("relative")}, {**plain, **unit("gradient")}]
-        rows += [{**BEST, "keep": keep, "global_ranks": {"may_stay_dense": False}}]
+        rows += [{**DEFAULT, "keep": keep, "global_ranks": {"may_stay_dense": False}}]
         rows += [{**plain, "passes": 2}]
     return rows
 
@@ -87,7 +87,7 @@ def losses(_: float | None) -> list[dict[str, Any]]:
     """What a block is trained by, from the default."""
     ways = ({}, {"loss": "gradient"}, {"loss": "kl", "epochs": 2})
     return [
-        {**BEST, "keep": keep, "refine": {"preset": "fast", **how} if how else "fast"}
+        {**DEFAULT, "keep": keep, "refine": {"preset": "fast", **how} if how else "fast"}
         for keep in (0.6, 0.8)
         for how in ways
     ]
@@ -95,7 +95,7 @@ def losses(_: float | None) -> list[dict[str, Any]]:
 
 def guard(_: float | None) -> list[dict[str, Any]]:
     """A share of the input-agnostic objective, where more than one pass or text is at hand."""
-    rows = (BEST, TWICE, OWN)
+    rows = (DEFAULT, TWICE, OWN)
     return [{**row, "keep": keep, "ridge": 0.01} for keep in (0.6, 0.8) for row in rows]
 
 
@@ -103,15 +103,15 @@ def steady(_: float | None) -> list[dict[str, Any]]:
     """Seeds and tokens."""
     rows: list[dict[str, Any]] = []
     for keep in (0.6, 0.8):
-        for row in (OWN_TUNED, UNIFORM, BEST, TWICE, OWN, PUBLISHED):
+        for row in (OWN_TUNED, UNIFORM, DEFAULT, TWICE, OWN, PUBLISHED):
             rows += [{**row, "keep": keep, "seed": seed} for seed in (1, 2)]
     for keep in (0.6, 0.8):
-        rows += [{**row, "keep": keep, "sequences": 192} for row in (UNIFORM, BEST, TWICE)]
+        rows += [{**row, "keep": keep, "sequences": 192} for row in (UNIFORM, DEFAULT, TWICE)]
     return rows
 
 
 UNIFORM = {**SAME, "method": "swift-svd"}
-ANCHORED = {**BEST, "method": "kfac-aa-svd"}
+ANCHORED = {**DEFAULT, "method": "kfac-aa-svd"}
 
 
 def peers(_: float | None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from slimrank.report import (
     AllocationReport,
     ImportanceWeightTrial,
     KVCacheReport,
+    QuantizationReport,
     RefinementEpoch,
     RefinementReport,
     SizeReport,
@@ -130,3 +131,32 @@ def test_a_kept_loss_is_held_out_where_text_is(start_held_out, held_out, course)
         found = RefinementReport(kept_epoch=kept, **values)
         assert (found.course, found.kept_loss) == (course, loss)
         assert RefinementReport.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target_params_before", 0),
+        ("model_params_before", 0),
+        ("weight_bytes", -1),
+        ("int8_bytes", 2**63),
+    ],
+)
+def test_sizes_that_cannot_be(report, key, value):
+    values = json.loads(report.model_dump_json())
+    values["size"][key] = value
+    with pytest.raises(CheckpointError, match=rf"report: size\.{key}: "):
+        CompressionReport.from_json(json.dumps(values), "report")
+
+
+def test_a_kept_epoch_has_run():
+    values = {"epochs": (), "trained_params": 1, "seconds": 0.0}
+    losses = {"start_loss": 1.0, "start_held_out_loss": None}
+    assert RefinementReport(kept_epoch=0, **losses, **values).kept_loss == 1.0
+    with pytest.raises(ValidationError, match="epoch 1 was kept, but did not run"):
+        RefinementReport(kept_epoch=1, **losses, **values)
+
+
+def test_a_rounding_is_of_some_linears():
+    with pytest.raises(ValidationError, match="linears"):
+        QuantizationReport(source="m", bits=8, linears=(), weight_bytes_before=2, weight_bytes=1)

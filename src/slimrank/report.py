@@ -1,13 +1,15 @@
 """What was done: frozen, written as JSON beside the weights."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimrank.errors import CheckpointError
 from slimrank.recipe import CompressionRecipe
 
 Packing = Literal["rows", "remapped"]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class _Frozen(BaseModel):
@@ -31,13 +33,13 @@ class SizeReport(_Frozen):
         output, and all else as stored.
     """
 
-    target_params_before: int
-    target_params: int
-    model_params_before: int
-    model_params: int
-    weight_bytes_before: int
-    weight_bytes: int
-    int8_bytes: int
+    target_params_before: PositiveCount
+    target_params: Count
+    model_params_before: PositiveCount
+    model_params: Count
+    weight_bytes_before: Count
+    weight_bytes: Count
+    int8_bytes: Count
 
     def line(self) -> str:
         """All of it in one line.
@@ -96,11 +98,11 @@ class LinearReport(_Frozen):
     """
 
     name: str
-    rank: int | None
+    rank: Count | None
     pivoted: bool = False
-    params_before: int
-    params: int
-    tokens: int
+    params_before: PositiveCount
+    params: Count
+    tokens: Count
     effective_rank: float | None = None
     predicted_loss: float = 0.0
     measured_loss: float = 0.0
@@ -122,9 +124,9 @@ class KVCacheReport(_Frozen):
         Bytes of each.
     """
 
-    dense_values: int
-    latent_values: int
-    value_bytes: int
+    dense_values: PositiveCount
+    latent_values: Count
+    value_bytes: Count
 
     def line(self) -> str:
         """All of it in one line.
@@ -317,15 +319,31 @@ class RefinementReport(_Frozen):
     start_loss: float
     start_held_out_loss: float | None
     epochs: tuple[RefinementEpoch, ...]
-    kept_epoch: int
-    trained_params: int
+    kept_epoch: Count
+    trained_params: Count
     seconds: float
+
+    @model_validator(mode="after")
+    def _kept_epoch_ran(self) -> "RefinementReport":
+        if self.kept_epoch >= len(self.course):
+            raise ValueError(f"epoch {self.kept_epoch} was kept, but did not run")
+        return self
+
+    @property
+    def course_text(self) -> Literal["held-out", "calibration"]:
+        """Which text `course` is of: held-out text if there is any."""
+        return "calibration" if self.start_held_out_loss is None else "held-out"
+
+    @property
+    def calibration_course(self) -> tuple[float, ...]:
+        """Losses on calibration sequences: at the start, then the mean over each epoch's steps."""
+        return (self.start_loss, *(epoch.loss for epoch in self.epochs))
 
     @property
     def course(self) -> tuple[float, ...]:
         """Losses from the start on, one an epoch; on held-out sequences if there are any."""
         if self.start_held_out_loss is None:
-            return (self.start_loss, *(epoch.loss for epoch in self.epochs))
+            return self.calibration_course
         held_out = (epoch.held_out_loss for epoch in self.epochs)
         return (self.start_held_out_loss, *(loss for loss in held_out if loss is not None))
 
@@ -339,8 +357,10 @@ class RefinementReport(_Frozen):
         ...     for x, y in ((0.3, 0.4), (0.2, 0.5)))
         >>> report = RefinementReport(start_loss=0.8, start_held_out_loss=0.9,
         ...     epochs=tuple(epochs), kept_epoch=1, trained_params=9, seconds=1.0)
-        >>> report.course, report.kept_loss
-        ((0.9, 0.4, 0.5), 0.4)
+        >>> report.course_text, report.course, report.kept_loss
+        ('held-out', (0.9, 0.4, 0.5), 0.4)
+        >>> report.calibration_course
+        (0.8, 0.3, 0.2)
         """
         return self.course[self.kept_epoch]
 
@@ -363,7 +383,7 @@ class BlockReport(_Frozen):
         Largest resident memory of the process so far.
     """
 
-    index: int
+    index: Count
     name: str
     calibration: BlockError
     held_out: BlockError | None
@@ -371,7 +391,7 @@ class BlockReport(_Frozen):
     unrefined_held_out: BlockError | None = None
     refinement: RefinementReport | None = None
     seconds: dict[str, float]
-    peak_bytes: int
+    peak_bytes: Count
 
 
 class CompressionReport(_Frozen):
@@ -410,7 +430,7 @@ class CompressionReport(_Frozen):
     recipe: CompressionRecipe
     recipe_fingerprint: str
     calibration_fingerprint: str
-    tokens: int
+    tokens: Count
     size: SizeReport
     linears: tuple[LinearReport, ...]
     blocks: tuple[BlockReport, ...] = ()
@@ -418,9 +438,14 @@ class CompressionReport(_Frozen):
     allocation: RanksReport | None = None
     kv_cache: KVCacheReport | None = None
     seconds: dict[str, float]
-    peak_bytes: int
+    peak_bytes: Count
     environment: dict[str, str]
     warnings: tuple[str, ...]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether blocks were, one by one or together; losses of linears are from before that."""
+        return self.recipe.refines or self.tuning is not None
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "CompressionReport":
@@ -458,9 +483,9 @@ class QuantizedLinear(_Frozen):
     """
 
     name: str
-    rank: int | None
-    bytes_before: int
-    bytes_after: int
+    rank: Count | None
+    bytes_before: Count
+    bytes_after: Count
     rounding_loss: float
     truncation_loss: float | None
 
@@ -487,12 +512,12 @@ class QuantizationReport(_Frozen):
     source: str
     bits: int
     packing: Packing = "rows"
-    linears: tuple[QuantizedLinear, ...]
-    weight_bytes_before: int
-    weight_bytes: int
+    linears: tuple[QuantizedLinear, ...] = Field(min_length=1)
+    weight_bytes_before: Count
+    weight_bytes: Count
     perplexity_before: float | None = None
     perplexity: float | None = None
-    perplexity_tokens: int = 0
+    perplexity_tokens: Count = 0
 
     def stored_as(self) -> str:
         """What weights are in, in words."""

@@ -116,6 +116,7 @@ class Tuning:
             len(blocks),
             rest=RestOfModel(model, anatomy, self.streams, len(blocks) - 1),
             what="the blocks together",
+            section="tune",
         )
 
 

@@ -131,6 +131,15 @@ def test_a_model_that_predicts_nan_is_refused(make_model, windows):
     assert own.temperature == 0.5
 
 
+def test_a_model_without_the_method_says_so(make_model, windows):
+    told = (
+        "^LlamaModel cannot write sequences of its own \\(it has no method generate\\); leave "
+        "--generate out$"
+    )
+    with pytest.raises(ModelError, match=told):
+        generate_windows(make_model("llama").model, windows, 2, seed=0)
+
+
 def test_a_model_that_cannot_says_so(make_model, windows, monkeypatch):
     model = make_model("llama")
     own = model.generation_config

@@ -2,8 +2,12 @@
 
 import pytest
 
-from slimrank.calibration import packaged_text
+import slimrank
+from slimrank import evaluation
+from slimrank.calibration import packaged_text, read_text
 from slimrank.frontier import BenchRecipe, making, run
+from slimrank.recipe import CalibrationRecipe
+from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
 
 
 @pytest.fixture
@@ -38,6 +42,33 @@ def make_bench(values):
         return BenchRecipe.model_validate({**values, **overrides})
 
     return make
+
+
+@pytest.fixture
+def linear_bytes():
+    """`linear_bytes(folder, report)`: of the compressed linears as loaded, without their biases."""
+
+    def count(folder, report):
+        linears = {linear.name for linear in report.linears}
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for name, tensor in slimrank.load(folder).state_dict().items()
+            if any(name.startswith(f"{x}.") for x in linears) and not name.endswith("bias")
+        )
+
+    return count
+
+
+@pytest.fixture
+def perplexity_alone():
+    """`perplexity_alone(folder, path)`: of a folder on a text, in the windows of `values`."""
+
+    def measure(folder, path):
+        source = parse_source(folder)
+        ids = tokenize(load_tokenizer(source), read_text(CalibrationRecipe(source=(path,))))
+        return evaluation.perplexity(load_model(source), ids, 64, 4)
+
+    return measure
 
 
 @pytest.fixture

@@ -3,14 +3,10 @@
 import pytest
 
 import slimrank
-from slimrank import evaluation
-from slimrank.calibration import read_text
 from slimrank.checkpoint import folder_bytes, weight_file_bytes
 from slimrank.errors import NumericalError
 from slimrank.frontier import cells, making, measure_frontier
 from slimrank.frontier.int8 import round_low_rank
-from slimrank.recipe import CalibrationRecipe
-from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
 
 
 @pytest.fixture
@@ -24,7 +20,9 @@ def make_rounded(make_bench):
 
 
 @pytest.mark.parametrize("layout", ["plain", "pivoted"])
-def test_a_row_is_what_quantize_writes(layout, make_rounded, dense_folder, tmp_path):
+def test_a_row_is_what_quantize_writes(
+    layout, make_rounded, dense_folder, linear_bytes, perplexity_alone, tmp_path
+):
     bench = make_rounded()
     bench = make_rounded(base={**bench.base, "layout": layout})
     exact, row = measure_frontier(bench, tmp_path / "out").runs
@@ -35,16 +33,8 @@ def test_a_row_is_what_quantize_writes(layout, make_rounded, dense_folder, tmp_p
     slimrank.quantize(tmp_path / "floats", tmp_path / "codes")
     assert exact.bytes == weight_file_bytes(tmp_path / "floats")
     assert row.bytes == weight_file_bytes(tmp_path / "codes") < exact.bytes
-    tensors = slimrank.load(tmp_path / "codes").state_dict()
-    linears = {linear.name for linear in compressed.linears}
-    assert row.linear_bytes == sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in tensors.items()
-        if any(name.startswith(f"{x}.") for x in linears) and not name.endswith("bias")
-    )
-    source, path = parse_source(tmp_path / "codes"), bench.texts["near"].path
-    ids = tokenize(load_tokenizer(source), read_text(CalibrationRecipe(source=(path,))))
-    alone = evaluation.perplexity(load_model(source), ids, 64, 4).value
+    assert row.linear_bytes == linear_bytes(tmp_path / "codes", compressed)
+    alone = perplexity_alone(tmp_path / "codes", bench.texts["near"].path).value
     assert row.perplexity["near"].value == pytest.approx(alone, rel=1e-6)
     assert row.perplexity["near"].value != exact.perplexity["near"].value
     assert alone == pytest.approx(exact.perplexity["near"].value, rel=0.02)

@@ -7,13 +7,10 @@ import pytest
 import torch
 
 import slimrank
-from slimrank import evaluation
-from slimrank.calibration import read_text
 from slimrank.checkpoint import weight_file_bytes
 from slimrank.errors import CheckpointError, SlimrankError, SlimrankWarning, TextError
 from slimrank.frontier import FrontierReport, cells, making, measure_frontier, run
-from slimrank.recipe import CalibrationRecipe
-from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
+from slimrank.source import load_model, parse_source
 
 LOW_RANK = ["base @ 0.8", "base @ 0.6"]
 
@@ -23,7 +20,9 @@ def by_name(report):
 
 
 @pytest.mark.parametrize("method", ["svd", "swift-svd", "aa-svd"])
-def test_a_row_is_what_compress_and_evaluate_give(method, make_bench, dense_folder, tmp_path):
+def test_a_row_is_what_compress_and_evaluate_give(
+    method, make_bench, dense_folder, linear_bytes, perplexity_alone, tmp_path
+):
     bench = make_bench(keep=[0.6], base={**make_bench().base, "method": method})
     row = by_name(measure_frontier(bench, tmp_path / "out"))["base @ 0.6"]
     recipe = next(cell.recipe for cell in cells(bench) if cell.recipe)
@@ -31,18 +30,9 @@ def test_a_row_is_what_compress_and_evaluate_give(method, make_bench, dense_fold
     assert (row.bytes, row.params) == (report.size.weight_bytes, report.size.model_params)
     assert row.bytes == weight_file_bytes(tmp_path / "alone")
     assert row.target_params == report.size.target_params
-    tensors = slimrank.load(tmp_path / "alone").state_dict()
-    linears = {linear.name for linear in report.linears}
-    assert row.linear_bytes == sum(
-        tensor.numel() * tensor.element_size()
-        for name, tensor in tensors.items()
-        if any(name.startswith(f"{x}.") for x in linears) and not name.endswith("bias")
-    )
-    source = parse_source(tmp_path / "alone")
+    assert row.linear_bytes == linear_bytes(tmp_path / "alone", report)
     for text in ("near", "far"):
-        path = bench.texts[text].path
-        ids = tokenize(load_tokenizer(source), read_text(CalibrationRecipe(source=(path,))))
-        alone = evaluation.perplexity(load_model(source), ids, 64, 4)
+        alone = perplexity_alone(tmp_path / "alone", bench.texts[text].path)
         assert row.perplexity[text].value == pytest.approx(alone.value, rel=1e-4)
         assert row.perplexity[text].tokens == alone.tokens
         assert row.perplexity[text].in_domain == (text == "near")

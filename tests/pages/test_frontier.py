@@ -59,6 +59,14 @@ def test_what_is_none_is_refused(text, what):
     assert what in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_perplexity_is_above_zero(make_frontier, make_run, value):
+    values = json.loads(make_frontier(make_run("a")).model_dump_json(by_alias=True))
+    values["runs"][0]["perplexity"] = {"t": {"value": value}}
+    with pytest.raises(CheckpointError, match="a perplexity is above 0"):
+        FrontierReport.from_json(json.dumps(values), "f")
+
+
 def test_keys_of_later_versions_are_passed_over(make_frontier, make_run):
     assert make_frontier(make_run("a", news=1), other=2).runs[1].name == "a"
 

@@ -102,7 +102,15 @@ def test_a_tuned_run_that_is_not_in_sequence(make_report, make_tuning, read):
     assert "Block after block" not in page
     assert "They are those that the training of all blocks together started from." in page
     assert "worst 10.0 %; before all blocks were trained together" in page
+    assert "All are losses of the factors before training." in page
     assert "all blocks trained together: 0.123 → 0.0450 nats a token on held-out text" in page
+
+
+def test_losses_of_a_refined_run_are_from_before_it(make_report):
+    words = "All are losses of the factors before training."
+    assert words in render(make_report())
+    plain = depths.build([]).recipe
+    assert words not in render(make_report(blocks=(), recipe=plain))
 
 
 def test_a_tuned_run_in_sequence(make_report, make_tuning, read):

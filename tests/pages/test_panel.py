@@ -54,6 +54,16 @@ def test_nothing_to_show_is_no_error(values):
     assert "never drawn" not in markup(panel.svg)
 
 
+@pytest.mark.parametrize("is_log", [False, True])
+@pytest.mark.parametrize(
+    "values", [[1e308, 1.0], [-1e308, 1e308], [1e-320, 1.0], [2.0**62, 2.0**62 + 1024], [1e-320]]
+)
+def test_values_at_the_ends_of_floats_are_no_error(values, is_log):
+    panel = Panel.begin("t", "d", Axis("x", values), Axis("y", values, is_log=is_log))
+    panel.add_line([(value, value) for value in values], 0)
+    assert panel.y.ticks() == sorted(panel.y.ticks())
+
+
 def test_a_point_without_a_place_leaves_a_gap():
     values = [1.0, 2.0, 0.0, 3.0, math.inf, 4.0]
     panel = Panel.begin("t", "d", Axis("x", [0.0, 5.0]), Axis("y", values, is_log=True))

@@ -122,7 +122,8 @@ def test_without_patience_the_last_is_kept(make_pairs):
 def test_patience_without_held_out_text(make_pairs):
     block, pairs = make_pairs()
     before = state_of(block)
-    with pytest.warns(NumericalWarning, match="trains all 3 epochs"):
+    told = "to the end of epoch 3; hold sequences out, or set refine.patience to null"
+    with pytest.warns(NumericalWarning, match=told):
         report = refine_block(block, pairs, None, RefineRecipe(preset="fast", epochs=3), 0)
     assert report.kept_epoch == len(report.epochs) == 3
     assert report.start_held_out_loss is None

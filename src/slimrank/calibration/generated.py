@@ -28,8 +28,9 @@ def generate_windows(
     """Let a model go on from random places of a text, by its plain distribution.
 
     Each sequence begins with 16 tokens of the text (or half of a shorter window), and is as long as
-    the text's longest window. Nothing is cut off the distribution, and no sequence ends early,
-    whatever the model's own generation settings are: a token that ends a text is one as any other.
+    the text's longest window. Of the model's own generation settings only `eos_token_id` counts:
+    tokens that end a text are never drawn, so that no sequence ends early. Nothing else is cut off
+    the distribution.
 
     Parameters
     ----------
@@ -108,6 +109,11 @@ def _continued(model: Any, prompts: Tensor, length: int, draws: _Draws) -> Tenso
     if missing == 0:
         return prompts
     # transformers takes what these leave open from the model's own: it is lent these meanwhile
+    if not (hasattr(model, "generate") and hasattr(model, "generation_config")):
+        raise ModelError(
+            f"{type(model).__name__} cannot write sequences of its own (it has no method "
+            "generate); leave --generate out"
+        )
     own = model.generation_config
     settings = GenerationConfig(
         do_sample=False,  # what is largest is a draw already

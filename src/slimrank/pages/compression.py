@@ -104,8 +104,7 @@ def _linears(report: CompressionReport) -> Section:
         if any(x.effective_rank is not None for x in report.linears):
             charts.append(linears.map_of_effective_ranks(report.linears))
     training = "refinement" if report.recipe.refines else "training of all blocks together"
-    is_trained = report.recipe.refines or report.tuning is not None
-    start = f" They are those that the {training} started from." if is_trained else ""
+    start = f" They are those that the {training} started from." if report.is_trained else ""
     return Section(
         "What was kept where",
         "Losses are those of the method's objective for each linear on its own, its ridge included."
@@ -133,7 +132,7 @@ def _blocks(report: CompressionReport) -> Section:
 def _checks(report: CompressionReport) -> Section:
     charts = []
     if any(x.rank is not None and x.predicted_loss > 0 for x in report.linears):
-        charts.append(chart_of_promises(report.linears))
+        charts.append(chart_of_promises(report.linears, report.is_trained))
     if isinstance(report.allocation, AllocationReport) and report.allocation.trials:
         charts.append(chart_of_search(report.allocation))
     if report.seconds:

@@ -79,8 +79,8 @@ def charts_of_refinement(blocks: Sequence[BlockReport]) -> tuple[Chart, ...]:
         if found is None:
             continue
         if found.start_loss > 0:
-            losses = [found.start_loss, *(epoch.loss for epoch in found.epochs)]
-            training[block.index] = [loss / found.start_loss for loss in losses]
+            course = found.calibration_course
+            training[block.index] = [loss / found.start_loss for loss in course]
         if found.start_held_out_loss:
             held_out[block.index] = [loss / found.course[0] for loss in found.course]
     kept = {x.index: x.refinement.kept_epoch for x in blocks if x.refinement is not None}

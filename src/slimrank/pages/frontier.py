@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from slimrank.errors import CheckpointError
+from slimrank.report import Count
 
 
 class _Frozen(BaseModel):
@@ -17,7 +18,7 @@ class TextPerplexity(_Frozen):
     """Perplexity on one text; `in_domain` says that it is of the kind that was calibrated on."""
 
     value: float
-    tokens: int = 0
+    tokens: Count = 0
     in_domain: bool = False
 
     @field_validator("value", mode="before")
@@ -25,13 +26,20 @@ class TextPerplexity(_Frozen):
     def _null_is_no_number(cls, value: Any) -> Any:
         return math.nan if value is None else value
 
+    @field_validator("value")
+    @classmethod
+    def _is_above_zero(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError("a perplexity is above 0")
+        return value
+
 
 class TaskAccuracy(_Frozen):
     """Share of `n` questions that were answered rightly, and its standard error."""
 
     value: float
     stderr: float
-    n: int
+    n: Count
 
 
 class FrontierRun(_Frozen):
@@ -66,14 +74,14 @@ class FrontierRun(_Frozen):
     method: str = ""
     allocation: str = ""
     refine: str = ""
-    bytes: int = 0
-    linear_bytes: int = 0
-    params: int = 0
-    target_params: int = 0
+    bytes: Count = 0
+    linear_bytes: Count = 0
+    params: Count = 0
+    target_params: Count = 0
     perplexity: dict[str, TextPerplexity] = {}
     accuracy: dict[str, TaskAccuracy] = {}
     seconds: float = 0.0
-    peak_bytes: int = 0
+    peak_bytes: Count = 0
     is_dense: bool = False
     int8_factors: bool = False
     pareto: bool = False

@@ -11,6 +11,7 @@ from slimrank.pages.wording import in_short
 WIDTH, HEIGHT = 520.0, 320.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 14.0, 12.0, 44.0
 MOST_TICKS = 7
+LARGEST = 1e150  # number on an axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +62,21 @@ class Scale:
     @classmethod
     def of(cls, axis: Axis, start: float, end: float) -> "Scale":
         """Leave a little room around the values of an axis."""
-        shown = [v for v in axis.values if math.isfinite(v) and (v > 0 or not axis.is_log)]
+        shown = [value for value in axis.values if _has_place(value, axis.is_log)]
         low, high = (min(shown), max(shown)) if shown else (1.0, 10.0)
         if axis.is_log:
             room = max((high / low) ** 0.06, 1.02)
             return cls(low / room, high * room, start, end, is_log=True)
-        room = 0.04 * (high - low) or 0.05 * abs(high) or 0.5
+        room = 0.04 * (high - low)
+        if room <= 1e-9 * abs(high):  # one value, or some that no axis tells apart
+            room = 0.05 * abs(high) or 0.5
         if axis.is_whole:
             room = max(0.02 * (high - low), 0.4)
         return cls(low - room, high + room, start, end, is_whole=axis.is_whole)
 
     def shows(self, value: float) -> bool:
         """Whether a value has a place on it."""
-        return math.isfinite(value) and (value > 0 or not self.is_log)
+        return _has_place(value, self.is_log)
 
     def place(self, value: float) -> float:
         """Where a value is."""
@@ -110,6 +113,11 @@ class Scale:
             step = max(1.0, float(math.ceil(step)))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
+
+
+def _has_place(value: float, is_log: bool) -> bool:
+    """Whether an axis can show a value: what is beyond would overflow."""
+    return abs(value) < LARGEST and (value > 1 / LARGEST or not is_log)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,15 @@ from slimrank.pages.svg import markup
 from slimrank.report import LinearReport
 
 
-def chart_of_promises(linears: Sequence[LinearReport]) -> Chart:
-    """Draw measured loss against the loss that the singular values promised."""
+def chart_of_promises(linears: Sequence[LinearReport], is_trained: bool) -> Chart:
+    """Draw measured loss against the loss that the singular values promised.
+
+    Parameters
+    ----------
+    linears : sequence of LinearReport
+    is_trained : bool
+        Whether the run went on to train their factors.
+    """
     low_rank = [x for x in linears if x.rank is not None and x.predicted_loss > 0]
     title = "Predicted and measured loss"
     predicted = [x.predicted_loss for x in low_rank]
@@ -23,6 +30,8 @@ def chart_of_promises(linears: Sequence[LinearReport]) -> Chart:
         "Each mark is a linear; on the line, the singular values promised what the factors give. "
         f"Largest gap: {gap:.1g} of the loss; after rounding to the stored dtype, {rounded:.1g}."
     )
+    if is_trained:
+        note += " All are losses of the factors before training."
     ends = [value for value in (*predicted, *measured) if value > 0]
     panel = Panel.begin(
         title,

@@ -18,7 +18,6 @@ def fact_of_tuning(found: RefinementReport) -> Fact:
     ...     epochs=(epoch,), kept_epoch=1, trained_params=9, seconds=1.0)).note
     'all blocks trained together: 0.123 → 0.0450 nats a token on held-out text, epoch 1 of 1 kept'
     """
-    text = "calibration" if found.start_held_out_loss is None else "held-out"
     start, kept = in_short(found.course[0]), in_short(found.kept_loss)
     which = f"epoch {found.kept_epoch} of {len(found.epochs)} kept"
     if found.kept_epoch == 0:
@@ -26,7 +25,8 @@ def fact_of_tuning(found: RefinementReport) -> Fact:
     return Fact(
         "prediction divergence",
         kept,
-        f"all blocks trained together: {start} → {kept} nats a token on {text} text, {which}",
+        f"all blocks trained together: {start} → {kept} nats a token on "
+        f"{found.course_text} text, {which}",
     )
 
 
@@ -38,8 +38,8 @@ def chart_of_tuning(found: RefinementReport) -> Chart:
         "calibration sequences it is the mean over the steps of an epoch. The dot is the epoch "
         "that was kept."
     )
-    curves = [("line dotted", 1, "calibration sequences", _on_calibration(found))]
-    if found.start_held_out_loss is not None:
+    curves = [("line dotted", 1, "calibration sequences", found.calibration_course)]
+    if found.course_text == "held-out":
         curves.insert(0, ("line", 0, "held-out sequences", found.course))
     panel = Panel.begin(
         title,
@@ -57,7 +57,3 @@ def chart_of_tuning(found: RefinementReport) -> Chart:
     legend = [(style, number, label) for style, number, label, _ in curves]
     legend.append(("mark kept", 0, "kept"))
     return Chart(title, note, markup(panel.svg), legend_of(legend))
-
-
-def _on_calibration(found: RefinementReport) -> tuple[float, ...]:
-    return (found.start_loss, *(epoch.loss for epoch in found.epochs))

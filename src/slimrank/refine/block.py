@@ -32,6 +32,7 @@ def refine_block(
     metric: Float[Tensor, "hidden hidden"] | None = None,
     rest: Rest | None = None,
     what: str | None = None,
+    section: str = "refine",
 ) -> RefinementReport:
     """Train a block in place.
 
@@ -55,6 +56,8 @@ def refine_block(
         For loss 'kl'. The data must then give the numbers of its sequences.
     what : str, optional
         What messages call the block; its number if left out.
+    section : str
+        Of the recipe, that `settings` are from.
 
     Returns
     -------
@@ -92,8 +95,8 @@ def refine_block(
     patience = settings.patience
     if patience is not None and held_out is None:
         warnings.warn(
-            f"no held-out sequences to stop a refinement by: it trains all {settings.epochs} "
-            "epochs; hold sequences out, or set refine.patience to null",
+            "no held-out sequences to stop training by: it runs to the end of epoch "
+            f"{settings.epochs}; hold sequences out, or set {section}.patience to null",
             NumericalWarning,
             stacklevel=2,
         )

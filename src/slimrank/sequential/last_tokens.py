@@ -1,6 +1,7 @@
 """Moments held against tokens: the last calibration sequence, in both streams."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -95,11 +96,16 @@ class LastTokens:
 
 def _in_directions(weight: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
     """The parts of both maps along the same random directions of their outputs; float64."""
-    generator = torch.Generator().manual_seed(0)
-    sketch = torch.randn(DIRECTIONS, len(weight), generator=generator, dtype=torch.float64)
-    sketch = sketch.to(weight.device)
+    sketch = _directions(len(weight)).to(weight.device)
     right = (sketch @ factors.left.double()) @ factors.right.double()
     return sketch @ weight.double(), Factors(torch.eye(DIRECTIONS).to(right), right)
+
+
+@cache
+def _directions(rows: int) -> Tensor:
+    """Random directions of `rows` outputs, on the CPU; the same for every linear of that size."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(DIRECTIONS, rows, generator=generator, dtype=torch.float64)
 
 
 def _energy(outputs: Tensor) -> float:
