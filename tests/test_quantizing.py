@@ -232,3 +232,13 @@ def test_int8_is_not_trained(quantized_folder):
     again = slimrank.load(quantized_folder)
     mark_compressed(again)
     assert again.config.quantization_config.to_dict() == model.config.quantization_config.to_dict()
+
+
+def test_a_link_out_of_the_folder_is_not_copied(compressed_folder, tmp_path):
+    """What it names would be in the folder that a user passes on."""
+    folder = Path(shutil.copytree(compressed_folder, tmp_path / "copy"))
+    (tmp_path / "secret").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"names notes\.txt, which lies outside of it"):
+        quantize(folder, tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from slimrank import CompressionRecipe
 from slimrank.errors import BudgetError, RecipeError, SlimrankError
+from slimrank.recipe import YAML_CHARACTERS
 
 FULL = {
     "version": 1,
@@ -558,3 +559,81 @@ def test_ranks_come_from_a_profile_of_one_pass():
         recipe = with_others(method=method, ridge=0.1).for_profile()
         assert (recipe.method, recipe.ridge) == ("swift-svd", None)
     assert with_others(method="aa-svd", anchor=0.5).for_profile() == with_others(method="swift-svd")
+
+
+@pytest.mark.parametrize("values", [{"effort": [1]}, {"effort": {}}, {"refine": {"preset": []}}])
+def test_a_name_that_cannot_be_looked_up(values):
+    with pytest.raises(RecipeError, match=r"recipe: (effort|refine\.preset): "):
+        CompressionRecipe.from_dict({"budget": {"param_ratio": 0.5}, **values})
+
+
+def aliases(pattern, times):
+    lines = [f"a{n + 1}: &a{n + 1} {pattern.format(f'*a{n}')}" for n in range(times)]
+    return "\n".join(["a0: &a0 {a: 1}", *lines])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        aliases("[{0}, {0}, {0}, {0}, {0}, {0}, {0}, {0}, {0}]", 20),
+        aliases("{{a: {0}, b: {0}}}", 40),
+        aliases("{{<<: [{0}, {0}, {0}, {0}, {0}]}}", 15),
+        "budget: &a {param_ratio: *a}",
+    ],
+)
+def test_aliases_of_aliases_are_not_written_out(text):
+    with pytest.raises(RecipeError, match=r"recipe: over 100000 values; it is not a recipe"):
+        CompressionRecipe.from_yaml(text)
+
+
+def test_an_alias_may_be_used():
+    recipe = CompressionRecipe.from_yaml("{budget: {param_ratio: 1}, targets: &t [a], ignore: *t}")
+    assert (recipe.targets, recipe.ignore) == (("a",), ("a",))
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, "{a: " * 3_000])
+def test_yaml_that_is_deep(text):
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        CompressionRecipe.from_yaml(text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!bool x", "!!timestamp x", "!!int x", "!!binary x"),
+        *("0x_", "2001-99-99", "9" * 5_000, '"\\ud800"'),
+    ],
+)
+def test_values_that_yaml_cannot_make(value):
+    with pytest.raises(RecipeError, match="not YAML"):
+        CompressionRecipe.from_yaml(f"blocks: {value}")
+
+
+@pytest.mark.parametrize("text", ["{1: 2}", "{null: 2}"])
+def test_keys_are_words(text):
+    with pytest.raises(RecipeError, match="a recipe is a mapping"):
+        CompressionRecipe.from_yaml(text)
+
+
+def test_a_recipe_that_names_many_layers_is_read_back(tmp_path):
+    names = [f"model.layers.{n // 256}.mlp.experts.{n % 256}.up_proj" for n in range(7_000)]
+    recipe = CompressionRecipe.from_dict({"budget": {"param_ratio": 0.5}, "targets": names})
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe.to_yaml())
+    assert CompressionRecipe.from_file(path) == recipe
+
+
+def test_what_has_too_many_values_is_not_held_in_memory(monkeypatch):
+    monkeypatch.setattr("slimrank.recipe.YAML_VALUES", 50)
+    seen, real = [], yaml.SafeLoader.get_event
+    monkeypatch.setattr(yaml.SafeLoader, "get_event", lambda self: seen.append(1) or real(self))
+    with pytest.raises(RecipeError, match=r"recipe: over 50 values; it is not a recipe"):
+        CompressionRecipe.from_yaml("[" + "0," * 1000 + "]")
+    assert len(seen) == 104
+
+
+def test_a_file_that_is_too_long(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("#" * (YAML_CHARACTERS + 1))
+    with pytest.raises(RecipeError, match="it is no recipe"):
+        CompressionRecipe.from_file(path)

@@ -7,9 +7,36 @@ do.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1500  # of a message, in characters
+
+
+def in_one_line(text: str) -> str:
+    """Text that may hold anything, such as names from a file, as one line that is safe to print.
+
+    White space becomes one space; what a terminal would not show is escaped; what is too long loses
+    its middle.
+
+    Examples
+    --------
+    >>> in_one_line("a\\n  b\\x1b[31m")
+    'a b\\\\x1b[31m'
+    >>> len(in_one_line("x" * 10_000)) <= LONGEST
+    True
+    """
+    line = " ".join(text.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 3 :]}"
+    if line.isprintable():
+        return line
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return in_one_line("".join(escaped))
+
 
 class SlimrankError(Exception):
-    """The root of all errors that slimrank raises on purpose."""
+    """The root of all errors that slimrank raises on purpose; its message is one line."""
+
+    def __str__(self) -> str:
+        return in_one_line(super().__str__())
 
 
 class RecipeError(SlimrankError, ValueError):

@@ -19,6 +19,7 @@ from slimrank.checkpoint import (
     load,
     mark_compressed,
     model_card,
+    own_file,
     read_folder,
     renamed_when_done,
     require_writable,
@@ -229,7 +230,7 @@ def _write(
         for file in source.iterdir():
             weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
             if file.is_file() and not weights and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+                shutil.copyfile(own_file(source, file.name), folder / file.name)
         probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
         compare_with_folder(model, folder, probe)
         if read_folder(folder).quantization != written:

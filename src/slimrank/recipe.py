@@ -1,7 +1,7 @@
 """What to do: frozen, checked, read from YAML and written back."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -15,6 +15,11 @@ from slimrank.methods import AASVD, ASVD, KFACSVD, STREAMS, Method, method_by_na
 
 METHOD_SETTINGS = MappingProxyType(
     {"anchor": AASVD.name, "damping": KFACSVD.name, "alpha": ASVD.name}
+)
+YAML_CHARACTERS = 2**24
+YAML_VALUES = 100_000  # ten thousands of layers by their names are a recipe
+YAML_ERRORS = (  # the constructors of PyYAML also let these out, as of `!!bool x` or `0x_`
+    *(yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError),
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -184,10 +189,11 @@ class RefineRecipe(_Frozen):
     def _fill_in(cls, values: Any) -> Any:
         """Take a preset's name for all of its settings, and its values for those not given."""
         values = {"preset": values} if isinstance(values, str) else values
-        if not isinstance(values, dict) or values.get("preset", "off") not in REFINE_PRESETS:
+        name = values.get("preset", "off") if isinstance(values, dict) else None
+        if not isinstance(name, str) or name not in REFINE_PRESETS:
             return values
-        preset = REFINE_PRESETS[values.get("preset", "off")]
-        if values.get("preset", "off") == "off" and not values.keys() <= {"preset"}:
+        preset = REFINE_PRESETS[name]
+        if name == "off" and not values.keys() <= {"preset"}:
             settings = cls.model_construct().model_dump()
             if any(settings.get(key) != _listless(value) for key, value in values.items()):
                 raise RecipeError(
@@ -338,7 +344,8 @@ class CompressionRecipe(_Frozen):
         """Let the effort settle method and allocation, if neither is given."""
         if not isinstance(values, dict) or values.keys() & {"method", "allocation"}:
             return values
-        return {**EFFORTS.get(values.get("effort", "balanced"), {}), **values}
+        effort = values.get("effort", "balanced")
+        return {**(EFFORTS.get(effort, {}) if isinstance(effort, str) else {}), **values}
 
     @field_validator("method")
     @classmethod
@@ -543,9 +550,13 @@ def read_recipe_text(path: str | Path) -> str:
         If it cannot be read.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(YAML_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from error
+    if len(text) > YAML_CHARACTERS:
+        raise RecipeError(f"{path} is over {YAML_CHARACTERS} characters long; it is no recipe")
+    return text
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -556,14 +567,76 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     RecipeError
         If it is no YAML mapping.
     """
+    return yaml_mapping(text, where, "a recipe")
+
+
+def yaml_mapping(
+    text: str, where: str, what: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader
+) -> dict[str, Any]:
+    """Parse YAML into a mapping, and build nothing that its aliases would blow up.
+
+    Parameters
+    ----------
+    text : str
+    where : str
+        The file, for the message.
+    what : str
+        It is to be, for the message.
+    loader : type of yaml.SafeLoader
+
+    Raises
+    ------
+    RecipeError
+        If it is no YAML mapping with words as keys, or too large or too deep for `what`.
+
+    Examples
+    --------
+    >>> yaml_mapping("{a: &x [1], b: *x}", "r.yaml", "a recipe")
+    {'a': [1], 'b': [1]}
+    """
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        too_many = RecipeError(f"{where}: over {YAML_VALUES} values; it is not {what}")
+        opened = loader(text)
+        opened.get_event = _at_most(opened.get_event, too_many)  # type: ignore[method-assign]
+        root = opened.get_single_node()
+        if root is not None and _size(root, {}) > YAML_VALUES:
+            raise too_many
+        values = None if root is None else opened.construct_document(root)
+    except RecipeError:
+        raise
+    except RecursionError as error:
+        raise RecipeError(f"{where}: nested too deeply; it is not {what}") from error
+    except YAML_ERRORS as error:
         line = " ".join(str(error).split())
         raise RecipeError(f"{where}: not YAML: {line}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping of keys to values")
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"{where}: {what} is a mapping of keys to values")
     return values
+
+
+def _at_most(get_event: Callable[[], Any], too_many: RecipeError) -> Callable[[], Any]:
+    """Read a value, unless it is one more than a recipe may have: it takes no memory then."""
+    steps = iter(range(2 * YAML_VALUES + 4))  # two for a list or a mapping, and those around all
+
+    def counted() -> Any:
+        if next(steps, None) is None:
+            raise too_many
+        return get_event()
+
+    return counted
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values in a node once all its aliases are written out; one that holds itself has no end."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = YAML_VALUES + 1  # until its own parts are counted
+    parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+    if not parts:
+        str(node.value).encode()  # what cannot be written again is no text
+    pairs = (part if isinstance(part, tuple) else (part,) for part in parts)
+    known[id(node)] = 1 + sum(_size(part, known) for pair in pairs for part in pair)
+    return known[id(node)]
 
 
 def _keys_beside(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

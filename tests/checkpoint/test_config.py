@@ -165,3 +165,26 @@ def test_without_them_the_file_is_as_before():
 def test_bad_splits_and_latents_are_refused_by_key(values, message):
     with pytest.raises(CheckpointError, match=message):
         LowRankConfig(linears=KV_LINEARS, **values)
+
+
+@pytest.mark.parametrize("part", ["splits", "kv_cache", "rounded"])
+def test_parts_are_mappings(part):
+    with pytest.raises(CheckpointError, match=f"{part} is no mapping"):
+        LowRankConfig(linears={}, **{part: [1]})
+
+
+def test_a_key_with_the_name_of_an_argument_of_python():
+    with pytest.raises(CheckpointError, match="unknown keys: self"):
+        LowRankConfig(**{"linears": {}, "self": 1})
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\ud800", "\x1b[31m"])
+def test_a_name_can_be_printed(name):
+    with pytest.raises(CheckpointError, match="linears has a name that is none"):
+        LowRankConfig(linears={name: {"rank": 4}})
+
+
+def test_sides_of_packed_factors_are_of_a_size_that_can_be(copied):
+    remapped = {"dtype": "bfloat16", "out_features": 10**30, "in_features": 8}
+    with pytest.raises(CheckpointError, match=r"remapped\.out_features"):
+        LowRankConfig(linears={NAME: {"rank": 4, "remapped": remapped}})

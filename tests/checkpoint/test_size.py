@@ -1,11 +1,19 @@
 """Predicted bytes are the bytes on disk."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from slimrank import LowRankLinear
-from slimrank.checkpoint import folder_bytes, safetensors_bytes, weight_file_bytes
+from slimrank.checkpoint import (
+    folder_bytes,
+    read_headers,
+    safetensors_bytes,
+    weight_file_bytes,
+)
+from slimrank.errors import CheckpointError
 from slimrank.linalg import Factors
 from slimrank.model import replace_linear
 
@@ -30,6 +38,19 @@ def test_one_file(tensors, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     assert safetensors_bytes(tensors) == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [("F4", [16], 8), ("F99", [2], 8), ("F32", [-2], 8)],
+)
+def test_a_header_that_torch_has_no_tensor_for(tmp_path, dtype, shape, size):
+    header = {"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * size)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged"):
+        read_headers([path])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -156,3 +156,14 @@ def test_the_example_is_valid():
     found = cells(bench)
     assert len(found) == 1 + 3 * 2 * 2 + 2 * 2
     assert [cell.name for cell in found if cell.error is not None] == []
+
+
+def test_a_budget_that_is_no_mapping():
+    with pytest.raises(RecipeError, match=r"base\.budget: it is a mapping"):
+        BenchRecipe.from_yaml("{model: m, texts: {t: {path: x}}, base: {budget: 3}, keep: [0.5]}")
+
+
+def test_aliases_of_a_benchmark_are_not_written_out():
+    lines = [f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}, *a{n}]" for n in range(30)]
+    with pytest.raises(RecipeError, match="over 50000 values; it is not a benchmark"):
+        BenchRecipe.from_yaml("\n".join(["a0: &a0 [x]", *lines]))

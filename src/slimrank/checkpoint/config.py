@@ -21,8 +21,8 @@ class RemappedConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     dtype: Literal["bfloat16", "float16"]
-    out_features: int = Field(ge=1)
-    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1, le=2**31)
+    in_features: int = Field(ge=1, le=2**31)
 
 
 class LowRankLinearConfig(BaseModel):
@@ -104,12 +104,13 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self,
-        linears: Mapping[str, Any] | None = None,
-        splits: Mapping[str, Any] | None = None,
-        kv_cache: Mapping[str, Any] | None = None,
-        rounded: Mapping[str, Any] | None = None,
-        format_version: int = REMAPPED_VERSION,
-        quant_method: str = QUANT_METHOD,
+        /,
+        linears: Any = None,
+        splits: Any = None,
+        kv_cache: Any = None,
+        rounded: Any = None,
+        format_version: Any = REMAPPED_VERSION,
+        quant_method: Any = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -124,22 +125,10 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if not isinstance(linears, Mapping):
             raise CheckpointError("quantization_config.linears is no mapping of names to ranks")
         self.quant_method = quant_method
-        self.linears = {
-            name: _entry(LowRankLinearConfig, "linears", name, value)
-            for name, value in linears.items()
-        }
-        self.splits = {
-            name: _entry(SplitConfig, "splits", name, value)
-            for name, value in (splits or {}).items()
-        }
-        self.kv_cache = {
-            name: _entry(LatentConfig, "kv_cache", name, value)
-            for name, value in (kv_cache or {}).items()
-        }
-        self.rounded = {
-            name: _entry(RoundedLinearConfig, "rounded", name, value)
-            for name, value in (rounded or {}).items()
-        }
+        self.linears = _entries(LowRankLinearConfig, "linears", linears)
+        self.splits = _entries(SplitConfig, "splits", splits)
+        self.kv_cache = _entries(LatentConfig, "kv_cache", kv_cache)
+        self.rounded = _entries(RoundedLinearConfig, "rounded", rounded)
         remapped = any(linear.remapped is not None for linear in self.linears.values())
         rounded_version = INT8_VERSION if self.int8_linears else FORMAT_VERSION
         self.format_version = REMAPPED_VERSION if remapped else rounded_version
@@ -181,7 +170,16 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return values
 
 
+def _entries(kind: type[Entry], part: str, values: Any) -> dict[str, Entry]:
+    """Check a part of the configuration, which may be left out."""
+    if values is not None and not isinstance(values, Mapping):
+        raise CheckpointError(f"quantization_config.{part} is no mapping of names")
+    return {name: _entry(kind, part, name, value) for name, value in (values or {}).items()}
+
+
 def _entry(kind: type[Entry], part: str, name: str, value: Any) -> Entry:
+    if not name.isprintable():
+        raise CheckpointError(f"quantization_config.{part} has a name that is none: {name!r}")
     try:
         return kind.model_validate(value)
     except ValidationError as error:

@@ -1,8 +1,6 @@
 """What a compressed folder holds, read from its configuration and the headers of its files."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -11,9 +9,11 @@ from slimrank.allocation import PIVOT_PARAMS
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
 from slimrank.checkpoint.folder import REPORT, read_quantization, read_report
 from slimrank.checkpoint.size import read_headers, safetensors_bytes, weight_file_bytes
+from slimrank.checkpoint.sound import own_weight_files, read_config
 from slimrank.errors import CheckpointError
 from slimrank.report import CompressionReport, QuantizationReport, SizeReport
 
+MOST = 2**48  # numbers of one matrix
 PACKED = ("packed", "latent_scale", "expand_scale")
 
 
@@ -59,7 +59,7 @@ def read_folder(folder: str | Path) -> FolderContents:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = own_weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file")
     ranks = {name: linear.rank for name, linear in config.linears.items()}
@@ -82,14 +82,7 @@ def read_folder(folder: str | Path) -> FolderContents:
 
 
 def _read_config(folder: Path) -> LowRankConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no config.json; it is no model folder")
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    entry = values.get("quantization_config") if isinstance(values, dict) else None
+    entry = read_config(folder).get("quantization_config")
     if not isinstance(entry, dict) or entry.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{folder} is not compressed by slimrank")
     return LowRankConfig(**entry)
@@ -109,9 +102,11 @@ def _size(tensors: dict[str, Tensor], weight_bytes: int, folder: Path) -> SizeRe
             raise CheckpointError(f"{folder} lacks {base}.expand.weight")
         del dense[name]
         pivots = dense.pop(f"{base}.pivots", None)
-        rows = 0 if pivots is None else len(pivots)
+        rows = 0 if pivots is None else pivots.numel()
+        if latent.ndim != 2 or expand.ndim != 2 or latent.shape[0] != expand.shape[1]:
+            raise CheckpointError(f"{folder}: the factors of {base} do not fit each other")
         out_features, in_features = expand.shape[0] + rows, latent.shape[1]
-        dense[f"{base}.weight"] = latent.new_empty(out_features, in_features)
+        dense[f"{base}.weight"] = _matrix(latent, out_features, in_features, base)
         before += out_features * in_features
         after += latent.numel() + expand.numel() + PIVOT_PARAMS * rows
         pivot_params += (PIVOT_PARAMS - 1) * rows
@@ -120,7 +115,7 @@ def _size(tensors: dict[str, Tensor], weight_bytes: int, folder: Path) -> SizeRe
     return SizeReport(
         target_params_before=max(before, 1),
         target_params=after,
-        model_params_before=sum(t.numel() for t in dense.values()),
+        model_params_before=max(sum(t.numel() for t in dense.values()), 1),
         model_params=sum(t.numel() for t in tensors.values()) + pivot_params,
         weight_bytes_before=dense_bytes,
         weight_bytes=weight_bytes,
@@ -151,9 +146,16 @@ def _unpacked(tensors: dict[str, Tensor], config: LowRankConfig) -> dict[str, Te
                 f"{name}.remapped.packed has shape {tuple(packed.shape)}, "
                 f"config.json says {(max(sides), rank)}"
             )
-        tensors[f"{name}.latent.weight"] = scale.new_empty(rank, sides[1])
-        tensors[f"{name}.expand.weight"] = scale.new_empty(sides[0], rank)
+        tensors[f"{name}.latent.weight"] = _matrix(scale, rank, sides[1], name)
+        tensors[f"{name}.expand.weight"] = _matrix(scale, sides[0], rank, name)
     return tensors
+
+
+def _matrix(like: Tensor, rows: int, columns: int, name: str) -> Tensor:
+    """A matrix on the meta device, of a size that could be."""
+    if rows * columns > MOST:
+        raise CheckpointError(f"{name} would be {rows} by {columns}; it is no linear")
+    return like.new_empty(rows, columns)
 
 
 def _as_floats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

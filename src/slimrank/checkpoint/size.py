@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from slimrank.errors import CheckpointError
 
 SHARD_SIZE = "50GB"  # the default of `save_pretrained`
+# beside safetensors' own: types that torch has not, sizes that no number holds, names that are none
+HEADER_ERRORS = (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError)
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 # how safetensors orders types of the same width, the last comes first
 ORDER = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"]
@@ -127,7 +129,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, Tensor]:
                     part = opened.get_slice(name)
                     dtype = TYPES[part.get_dtype()]
                     tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
-        except (SafetensorError, OSError) as error:
+        except HEADER_ERRORS as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
     return tensors
 

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from slimrank.errors import RecipeError
-from slimrank.recipe import first_fault, read_recipe_text
+from slimrank.recipe import first_fault, read_recipe_text, yaml_mapping
 
 
 class _Frozen(BaseModel):
@@ -119,7 +119,10 @@ class BenchRecipe(_Frozen):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "BenchRecipe":
-        if "param_ratio" in (self.base.get("budget") or {}):
+        budget = self.base.get("budget") or {}
+        if not isinstance(budget, dict):
+            raise ValueError("base.budget: it is a mapping of keys to values")
+        if "param_ratio" in budget:
             raise ValueError("base.budget.param_ratio: name the shares under `keep`")
         if len(set(self.keep)) < len(self.keep) or not all(0 < x <= 1 for x in self.keep):
             raise ValueError("keep: shares are in (0, 1], each named once")
@@ -140,13 +143,7 @@ class BenchRecipe(_Frozen):
         RecipeError
             With the first thing that is wrong, in one line.
         """
-        try:
-            values = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            line = " ".join(str(error).split())
-            raise RecipeError(f"{where}: not YAML: {line}") from error
-        if not isinstance(values, dict):
-            raise RecipeError(f"{where}: a benchmark is a mapping of keys to values")
+        values = yaml_mapping(text, where, "a benchmark", _Loader)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
