@@ -1,6 +1,5 @@
 """A run that was cut off anywhere goes on to the folder that an unbroken run writes."""
 
-import json
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import slimrank
+from interrupted import assert_same_folder, blocks_kept, cut_off, stopping
 from slimrank import CompressionOptions, TokenWindows, compress
 from slimrank.checkpoint.state import MANIFEST, state_folder
 from slimrank.errors import CheckpointError, NumericalWarning, RecipeError
@@ -23,11 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 BLOCKS = 3
 METHOD = {"method": "aa-svd", "refine": {"preset": "fast", "epochs": 3}}
-TIMES = ("seconds", "peak_bytes")
-
-
-class CutOff(Exception):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +45,7 @@ def start(dense, make_recipe, text, out):
     """`start(**compress)` works on `out`; `stop=k` cuts it off once k blocks are finished."""
 
     def begin(stop=None, model=None, recipe=None, **others):
-        options = CompressionOptions(track=stopping(stop))
+        options = CompressionOptions(track=stopping(stop, ("compressing",)))
         values = {"out": out, "windows": text, "options": options, **others}
         return compress(
             dense if model is None else model, recipe or make_recipe(**METHOD), **values
@@ -74,42 +69,6 @@ def unbroken(dense, make_recipe, text, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(unbroken):
     return unbroken(**METHOD)
-
-
-def stopping(after):
-    def track(steps, what):
-        for step in steps:
-            if what == "compressing" and step == after:
-                raise CutOff
-            yield step
-
-    return track
-
-
-def cut_off(start, after, **others):
-    with pytest.raises(CutOff):
-        start(stop=after, **others)
-
-
-def timeless(values):
-    """A report without what time and memory it took."""
-    if isinstance(values, dict):
-        return {key: timeless(x) for key, x in values.items() if key not in TIMES}
-    return [timeless(x) for x in values] if isinstance(values, list) else values
-
-
-def assert_same_folder(out, expected):
-    files = {path.name for path in expected.iterdir()}
-    assert {path.name for path in out.iterdir()} == files
-    assert "model.safetensors" in files
-    for name in files - {"report.json"}:
-        assert (out / name).read_bytes() == (expected / name).read_bytes(), name
-    one, other = (json.loads((folder / "report.json").read_text()) for folder in (out, expected))
-    assert timeless(one) == timeless(other)
-
-
-def blocks_kept(out):
-    return len(list(state_folder(out).glob("block-*.json")))
 
 
 @pytest.mark.parametrize("after", range(BLOCKS))
@@ -299,23 +258,18 @@ def test_another_text_is_refused(position, start, text):
 
 def test_another_version_is_told(start, monkeypatch):
     cut_off(start, 1)
-    real = slimrank.making.environment
+    real = slimrank.keeping.environment
     monkeypatch.setattr(
-        "slimrank.making.environment", lambda model: real(model) | {"threads": "64"}
+        "slimrank.keeping.environment", lambda model: real(model) | {"threads": "64"}
     )
     with pytest.warns(NumericalWarning, match=r"begun with another threads 1 -> 64; its bits may"):
         report = start(resume=True)
     assert any("threads 1 -> 64" in warning for warning in report.warnings)
 
 
-def test_only_a_sequential_run_to_a_folder_is_resumed(start, make_recipe, make_model, out):
-    for values in (
-        {"recipe": make_recipe()},
-        {"model": make_model("llama"), "out": None},
-    ):
-        with pytest.raises(RecipeError, match="only a sequential run that writes a folder"):
-            start(resume=True, **values)
-    assert not out.exists()
+def test_only_a_run_to_a_folder_is_resumed(start, make_model):
+    with pytest.raises(RecipeError, match="only a run that writes a folder can be resumed"):
+        start(resume=True, model=make_model("llama"), out=None)
 
 
 def test_damage_is_refused(start, out):

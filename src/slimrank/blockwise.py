@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slimrank.allocation import RankPlan
 from slimrank.calibration import (
     Batch,
+    LastInputs,
     TokenWindows,
     after_blocks,
     check_on_tokens,
@@ -20,11 +21,13 @@ from slimrank.calibration import (
     default_batch_size,
     embed_batches,
 )
-from slimrank.environment import Clock
+from slimrank.checkpoint import RunState
+from slimrank.environment import Clock, gathered_warnings
 from slimrank.errors import NumericalError, NumericalWarning
+from slimrank.keeping import fill_block, keep_block
 from slimrank.linalg import Decomposition, Moments, effective_rank, predicted_changes
 from slimrank.methods import Method
-from slimrank.model import Anatomy, InputGroup, LinearSite, replace_linear
+from slimrank.model import Anatomy, InputGroup, LinearSite, let_go, replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.report import LinearReport
@@ -40,8 +43,10 @@ class BlockPass:
     index : int
     block : nn.Module
     groups : tuple of InputGroup
-    moments, of_last : dict of str to Moments
-        By linear: over all batches, and over the last one. Empty without calibration.
+    moments : dict of str to Moments
+        By linear, over all batches. Empty without calibration.
+    last : dict of str to LastInputs
+        By linear, what it received in the last batch.
     entering : Batch or None
         The last batch, in front of the block.
     influence : float
@@ -54,7 +59,7 @@ class BlockPass:
     block: nn.Module
     groups: tuple[InputGroup, ...]
     moments: dict[str, Moments]
-    of_last: dict[str, Moments]
+    last: dict[str, LastInputs]
     entering: Batch | None
     influence: float
     influence_after_norm: float | None
@@ -73,6 +78,7 @@ def pass_blocks(
     clock: Clock,
     count: int,
     what: str,
+    finished: int = 0,
 ) -> Iterator[BlockPass]:
     """Take the original activations through the blocks, one block after the other.
 
@@ -91,6 +97,8 @@ def pass_blocks(
         How many blocks.
     what : str
         Description for the progress bar.
+    finished : int
+        Blocks that are known already: tokens only pass them, and they have no groups.
 
     Raises
     ------
@@ -107,22 +115,23 @@ def pass_blocks(
         with clock.phase("calibrate"):
             batches = embed_batches(model, anatomy, windows, size)
     for index in options.track(range(count), what):
-        groups = anatomy.groups[index]
+        groups = anatomy.groups[index] if index >= finished else ()
         entering = batches[-1] if batches else None
         moments: dict[str, Moments] = {}
-        of_last: dict[str, Moments] = {}
+        last: dict[str, LastInputs] = {}
         influence, after_norm = 0.0, None
         if batches:
             behind = partial(after_blocks, model, anatomy) if index == len(blocks) - 1 else None
             with clock.phase("calibrate"):
                 collected = collect_moments(model, blocks[index], index, groups, batches, behind)
             influence, after_norm = collected.influence, collected.influence_behind
-            for group, total, last in zip(groups, collected.total, collected.last, strict=True):
+            for group, total, kept in zip(groups, collected.total, collected.last, strict=True):
                 moments |= dict.fromkeys((site.name for site in group.sites), total)
-                of_last |= dict.fromkeys((site.name for site in group.sites), last)
+                last |= dict.fromkeys((site.name for site in group.sites), kept)
         yield BlockPass(
-            index, blocks[index], groups, moments, of_last, entering, influence, after_norm
+            index, blocks[index], groups, moments, last, entering, influence, after_norm
         )
+        let_go(blocks[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +212,7 @@ def check_block(
         return {}
     with clock.phase("check"):
         return check_on_tokens(
-            model, passed.block, passed.index, passed.entering, replacements, passed.of_last
+            model, passed.block, passed.index, passed.entering, replacements, passed.last
         )
 
 
@@ -217,6 +226,7 @@ def factorise_blocks(
     options: CompressionOptions,
     clock: Clock,
     statistics: Statistics | None = None,
+    state: RunState | None = None,
 ) -> list[LinearReport]:
     """Take the original activations through the blocks; factorise each when they have passed.
 
@@ -236,6 +246,9 @@ def factorise_blocks(
     clock : Clock
     statistics : Statistics, optional
         What else the method looks at.
+    state : RunState, optional
+        Keeps each finished block on disk. Those it holds already are taken from it: the tokens only
+        pass through them.
 
     Returns
     -------
@@ -248,28 +261,58 @@ def factorise_blocks(
         If a weight or an activation is not finite, or a moment does not fit its tokens.
     ModelError
         If the model cannot be replayed block by block.
+    CheckpointError
+        If the state is damaged, or the disk is full.
     """
     linears = {site.name: dense_report(site) for site in anatomy.sites}
     factored = anatomy.only(name for name, rank in ranks.ranks.items() if rank is not None)
     count = 1 + max((site.block for site in factored.sites), default=-1)
-    for passed in pass_blocks(model, factored, windows, options, clock, count, "compressing"):
-        replacements: dict[str, LowRankLinear] = {}
-        for site in passed.sites:
-            rank = ranks.ranks[site.name]
-            assert rank is not None
-            with clock.phase("solve"):
-                moments = passed.moments.get(site.name)
-                moments = statistics.of(site.name, moments) if statistics else moments
-                moments = moments.ridged(ridge) if moments else None
-                solved = solve(model, site, rank, method, moments)
-                replacements[site.name], linears[site.name] = truncate(
-                    model, site, rank, solved, method
-                )
-        gaps = check_block(model, passed, replacements, clock)
-        for name, replacement in replacements.items():
-            replace_linear(model, name, replacement)
-            linears[name] = linears[name].model_copy(update={"token_check": gaps.get(name)})
+    finished = len(state.finished) if state else 0
+    windows = windows if finished < count else None  # nothing is left to look at
+    for passed in pass_blocks(
+        model, factored, windows, options, clock, count, "compressing", finished
+    ):
+        path = f"{anatomy.path}.{passed.index}"
+        if state is not None and passed.index < finished:
+            with clock.phase("resume"):
+                found = fill_block(state, model, passed.index, path)
+            linears |= {report.name: report for report in found.linears}
+            continue
+        with gathered_warnings() as messages:
+            made = _factorise_block(model, passed, ranks, method, ridge, clock, statistics)
+        linears |= {report.name: report for report in made}
+        keep_block(state, model, passed.index, path, made, clock, messages=messages)
     return list(linears.values())
+
+
+def _factorise_block(
+    model: Any,
+    passed: BlockPass,
+    ranks: RankPlan,
+    method: Method,
+    ridge: float,
+    clock: Clock,
+    statistics: Statistics | None,
+) -> list[LinearReport]:
+    """Solve the linears of a block, hold them against tokens, and replace them."""
+    replacements: dict[str, LowRankLinear] = {}
+    reports: dict[str, LinearReport] = {}
+    for site in passed.sites:
+        rank = ranks.ranks[site.name]
+        assert rank is not None
+        with clock.phase("solve"):
+            moments = passed.moments.get(site.name)
+            moments = statistics.of(site.name, moments) if statistics else moments
+            moments = moments.ridged(ridge) if moments else None
+            solved = solve(model, site, rank, method, moments)
+            replacements[site.name], reports[site.name] = truncate(
+                model, site, rank, solved, method
+            )
+    gaps = check_block(model, passed, replacements, clock)
+    for name, replacement in replacements.items():
+        replace_linear(model, name, replacement)
+        reports[name] = reports[name].model_copy(update={"token_check": gaps.get(name)})
+    return list(reports.values())
 
 
 def dense_report(site: LinearSite) -> LinearReport:

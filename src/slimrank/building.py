@@ -12,8 +12,9 @@ from slimrank.blockwise import dense_report, low_rank_report
 from slimrank.calibration import TokenWindows, hold_out
 from slimrank.checkpoint import Profile, RunState
 from slimrank.drawing import draw
-from slimrank.environment import Clock
+from slimrank.environment import Clock, gathered_warnings
 from slimrank.errors import CheckpointError
+from slimrank.keeping import fill_block, keep_block
 from slimrank.model import LinearSite, replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
@@ -156,55 +157,58 @@ def choose_ranks(
 def build(
     model: Any,
     work: Work,
-    recipe: CompressionRecipe,
+    ranks: RankPlan,
     profile: Profile,
     options: CompressionOptions,
     clock: Clock,
-) -> Made:
-    """Choose ranks from a profile's spectra, and replace the linears by factors from its bases.
+    state: RunState | None = None,
+) -> list[LinearReport]:
+    """Replace the linears by factors from a profile's bases, block after block.
 
     Parameters
     ----------
     model : PreTrainedModel
         Dense; its linears are replaced.
     work : Work
-    recipe : CompressionRecipe
-        Of the profile's method.
+    ranks : RankPlan
     profile : Profile
+        Of the recipe's method.
     options : CompressionOptions
     clock : Clock
+    state : RunState, optional
+        Keeps each finished block on disk. Those it holds already are taken from it.
+
+    Returns
+    -------
+    list of LinearReport
+        Of all targeted linears, in call order.
 
     Raises
     ------
-    BudgetError
-        If no ranks meet the budget.
     CheckpointError
-        If the profile is damaged, or a rank is beyond what it keeps.
+        If the profile or the state is damaged, a rank is beyond what the profile keeps, or the disk
+        is full.
     """
-    ranks, allocation = choose_ranks(model, work, recipe, profile, options, clock)
     linears: list[LinearReport] = []
-    sites = list(work.anatomy.sites)
-    with clock.phase("build"):
-        for number in options.track(range(len(sites)), "building"):
-            rank = ranks.ranks[sites[number].name]
-            linears.append(
-                dense_report(sites[number])
-                if rank is None
-                else _replace(model, sites[number], rank, profile)
-            )
-    held_out = profile.held_out()
-    return Made(
-        ranks=ranks,
-        linears=linears,
-        calibration_fingerprint=profile.manifest.calibration_fingerprint,
-        tokens=profile.manifest.tokens,
-        probe=held_out.windows[0] if held_out else None,
-        allocation=allocation,
-    )
+    anatomy, finished = work.anatomy, len(state.finished) if state else 0
+    for index in options.track(range(len(anatomy.groups)), "building"):
+        path = f"{anatomy.path}.{index}"
+        if state is not None and index < finished:
+            with clock.phase("resume"):
+                linears += fill_block(state, model, index, path).linears
+            continue
+        with clock.phase("build"), gathered_warnings() as messages:
+            sites = [site for group in anatomy.groups[index] for site in group.sites]
+            made = [_replace(model, site, ranks.ranks[site.name], profile) for site in sites]
+        linears += made
+        keep_block(state, model, index, path, made, clock, messages=messages)
+    return linears
 
 
-def _replace(model: Any, site: LinearSite, rank: int, profile: Profile) -> LinearReport:
-    """Put factors in the place of one linear."""
+def _replace(model: Any, site: LinearSite, rank: int | None, profile: Profile) -> LinearReport:
+    """Put factors in the place of one linear, unless it stays dense."""
+    if rank is None:
+        return dense_report(site)
     start = time.perf_counter()
     entry = profile.linears[site.name]
     linear = model.get_submodule(site.name)

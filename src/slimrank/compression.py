@@ -11,23 +11,29 @@ from torch import Tensor, nn
 from slimrank.building import hold_against
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import (
+    REPORT,
     RunState,
     folder_bytes,
     mark_compressed,
     read_profile,
+    read_report,
+    removed_what_is_left,
     require_no_run,
     require_writable,
+    state_folder,
     write_folder,
 )
 from slimrank.environment import environment, gathered_warnings, peak_bytes
 from slimrank.errors import RecipeError
-from slimrank.making import Job, make
+from slimrank.job import Job
+from slimrank.keeping import keeps_blocks
+from slimrank.making import make
 from slimrank.model import weights_fingerprint
 from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
-from slimrank.source import open_dense
+from slimrank.source import open_dense, parse_source, require_streamable
 from slimrank.targets import PROBE_TOKENS, find_work, num_embeddings
 
 
@@ -61,8 +67,8 @@ def compress(
     options : CompressionOptions, optional
         How to run.
     resume : bool
-        Go on with the run that was cut off while it made `out`, if there is one. Only sequential
-        runs keep what is finished, in a folder beside `out`.
+        Go on with the run that was cut off while it made `out`, if there is one. Runs that look at
+        text, and streamed ones, keep what is finished in a folder beside `out`.
 
     Returns
     -------
@@ -89,6 +95,10 @@ def compress(
     """
     options = options or CompressionOptions()
     if out is not None:
+        if resume and not isinstance(model, nn.Module):
+            found = _finished(Path(out), parse_source(model).name, recipe, profile)
+            if found is not None:
+                return found
         require_writable(Path(out))
     with ExitStack() as stack:
         with gathered_warnings() as messages:
@@ -97,10 +107,26 @@ def compress(
         report = done.report.model_copy(update={"warnings": tuple(messages)})
         if out is None:
             return report
-        report = write_folder(done.model, done.tokenizer, Path(out), report, done.probe)
+        passing = done.state.folder if done.state else None
+        report = write_folder(done.model, done.tokenizer, Path(out), report, done.probe, passing)
         if done.state is not None:
             done.state.remove()
     return report
+
+
+def _finished(
+    out: Path, name: str, recipe: CompressionRecipe, profile: str | Path | None
+) -> CompressionReport | None:
+    """Report of a run that was cut off when only the removal of its state was left to do."""
+    if not (state_folder(out).is_dir() and (out / REPORT).is_file()):
+        return None
+    report = read_report(out)
+    if profile is not None:  # it says what the text was
+        calibration = read_profile(profile).manifest.calibration
+        recipe = recipe.model_copy(update={"calibration": calibration})
+    if (report.model, report.recipe_fingerprint) != (name, recipe.fingerprint()):
+        return None
+    return report if removed_what_is_left(out, report.recipe_fingerprint) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +140,33 @@ class _Done:
     state: RunState | None
 
 
+def _is_kept(job: Job, from_profile: bool) -> bool:
+    """Whether finished blocks are kept; see that no others are in the way."""
+    is_kept = keeps_blocks(job.recipe, from_profile=from_profile, stream=job.options.stream)
+    if job.resume and job.out is None:
+        raise RecipeError("only a run that writes a folder can be resumed: out=...")
+    if job.resume and not is_kept:
+        what = "a run from a profile" if from_profile else f"{job.recipe.method} with these ranks"
+        raise RecipeError(
+            f"{what} looks at no text, is short and keeps nothing to go on with; leave --resume out"
+        )
+    if job.out is not None and not job.resume:
+        require_no_run(Path(job.out))
+    return is_kept and job.out is not None
+
+
 def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | None) -> _Done:
     """Load, plan, draw, walk the blocks, report: all but writing."""
     if job.out is None and not isinstance(model, nn.Module):
         raise RecipeError("a model given by its path needs a folder to be written to: out=...")
-    if job.resume and not (job.recipe.is_sequential and job.out is not None):
-        raise RecipeError("only a sequential run that writes a folder can be resumed")
-    if job.recipe.is_sequential and job.out is not None and not job.resume:
-        require_no_run(Path(job.out))
+    is_kept = _is_kept(job, from_profile=profile is not None)
+    if job.options.stream:
+        require_streamable(model, job.options)
+    if job.options.stream and job.recipe.tune is not None:
+        raise RecipeError(
+            "training all blocks together holds the whole model in memory; leave out --tune "
+            "(--effort best has it) or --stream"
+        )
     if profile is not None and not job.recipe.is_of_text_alone:
         raise RecipeError(
             "a profile is of one pass, and two are asked for; leave --profile out, or say "
@@ -132,11 +177,12 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
         )
     opened = None if profile is None else read_profile(profile)
     with job.clock.phase("load"):
-        loaded, name, tokenizer = open_dense(model, job.recipe.dtype, job.tokenizer)
+        loaded, name, tokenizer = open_dense(
+            model, job.recipe.dtype, job.tokenizer, stream=job.options.stream
+        )
     loaded = loaded.to(job.options.device) if job.options.device else loaded
     job = replace(job, tokenizer=tokenizer)
     recipe = job.recipe
-    is_kept = recipe.is_sequential and job.out is not None
     told_apart = opened is not None or recipe.allocation != "uniform" or is_kept
     source = ProfiledModel(loaded, name, weights_fingerprint(loaded) if told_apart else "")
     split_alike = opened is not None and opened.manifest.for_kv_cache

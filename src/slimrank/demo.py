@@ -79,7 +79,8 @@ def run_demo(
         result = perplexity(model, ids, LENGTH, num_windows, track=show)
         return result, continue_text(model, tokenizer, PROMPT)
 
-    report = compress(source.name, recipe, out=out, options=CompressionOptions(track=track))
+    how = CompressionOptions(track=track)
+    report = compress(source.name, recipe, out=out, options=how, resume=True)
     dense = measure(load_model(source), "dense")
     compressed = measure(load_model(parse_source(out)), "compressed")
     return DemoResult(

@@ -1,12 +1,9 @@
 """From an open model to its factors: what the recipe needs, by the shortest way that it leaves."""
 
-import copy
-import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from torch import Tensor
 
@@ -19,94 +16,23 @@ from slimrank.calibration import (
     default_batch_size,
     embed_streams,
     generate_windows,
-    hold_out,
 )
-from slimrank.checkpoint import Profile, RunManifest, RunState, has_run
+from slimrank.checkpoint import Profile
 from slimrank.drawing import draw
-from slimrank.environment import Clock, environment
-from slimrank.errors import NumericalWarning, RecipeError
+from slimrank.environment import gathered_warnings
+from slimrank.errors import CheckpointError, RecipeError
+from slimrank.job import Job
+from slimrank.keeping import finished_profile, unfinished_profile, warn_again
 from slimrank.methods import STREAMS
-from slimrank.options import CompressionOptions
+from slimrank.model import copy_of
 from slimrank.profiling import ProfiledModel, write_profile
-from slimrank.recipe import CompressionRecipe
-from slimrank.report import RanksReport
+from slimrank.report import LinearReport, RanksReport
 from slimrank.search import require_held_out
 from slimrank.second_look import look_again
 from slimrank.sequential import factorise_in_sequence
 from slimrank.statistics import Statistics, collect_statistics
 from slimrank.targets import Work, num_embeddings
 from slimrank.tuning import Tuning
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is to be done, beside the model; `stack` closes what stays open to the end.
-
-    Parameters
-    ----------
-    recipe : CompressionRecipe
-    out : str, Path or None
-        Folder that will be written.
-    tokenizer : PreTrainedTokenizerBase or None
-    windows : TokenWindows or None
-        The recipe's text is drawn from if None.
-    options : CompressionOptions
-    resume : bool
-    stack : ExitStack
-    clock : Clock
-    always_holds_out : bool
-        Also in a run that has nothing to choose by, and would calibrate on all windows it is given.
-    generated : tuple of Tensor
-        Windows that the model wrote itself, to calibrate on too.
-    """
-
-    recipe: CompressionRecipe
-    out: str | Path | None
-    tokenizer: Any
-    windows: TokenWindows | None
-    options: CompressionOptions
-    resume: bool
-    stack: ExitStack
-    clock: Clock = field(default_factory=Clock)
-    always_holds_out: bool = False
-    generated: tuple[Tensor, ...] = ()
-
-    @property
-    def beside(self) -> Path | None:
-        """Where passing files go: next to the output."""
-        if self.out is None:
-            return None
-        return next(p for p in Path(self.out).absolute().parents if p.exists())
-
-    def drawn(self) -> "Job":
-        """The same with its windows, the held-out ones last: text is read and tokenized once."""
-        calibration = self.recipe.calibration
-        windows = self.windows or draw(calibration, self.tokenizer, with_held_out=True)
-        return replace(self, windows=windows)
-
-    def held_apart(self) -> tuple[TokenWindows, TokenWindows | None]:
-        """Windows to calibrate on, and those that are held out."""
-        windows = self.drawn().windows
-        assert windows is not None
-        own, held_out = hold_out(windows, self.recipe.calibration.held_out_sequences)
-        return TokenWindows((*own.windows, *self.generated)), held_out
-
-    def all_windows(self) -> TokenWindows:
-        """Both of these as one: windows to calibrate on, and behind them those that are held out.
-
-        Examples
-        --------
-        >>> import torch
-        >>> recipe = CompressionRecipe.from_dict(
-        ...     {"budget": {"param_ratio": 0.5}, "calibration": {"held_out_sequences": 1}})
-        >>> text = TokenWindows((torch.tensor([1]), torch.tensor([2])))
-        >>> job = Job(recipe, None, None, text, CompressionOptions(), False, ExitStack(),
-        ...     generated=(torch.tensor([3]),))
-        >>> [window.item() for window in job.all_windows().windows]
-        [1, 3, 2]
-        """
-        calibration, held_out = self.held_apart()
-        return TokenWindows((*calibration.windows, *(held_out.windows if held_out else ())))
 
 
 def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) -> Made:
@@ -127,9 +53,12 @@ def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) ->
         As `slimrank.compress`.
     """
     recipe, clock = job.recipe, job.clock
-    if recipe.is_of_text_alone and recipe.tune is None:
+    is_simple = recipe.is_of_text_alone and recipe.tune is None
+    job = replace(job, always_holds_out=not is_simple)
+    job = job.kept(source.model, source.fingerprint, opened)
+    if is_simple:
         return _make(source, work, job, opened)
-    job = replace(job.drawn(), always_holds_out=True)
+    job = job.drawn()
     if recipe.generated_sequences:
         job = replace(job, generated=_generated(source, job))
     tuning = None
@@ -138,7 +67,7 @@ def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) ->
         job.all_windows().check_vocabulary(num_embeddings(source.model))
         with clock.phase("predictions"):
             tuning = Tuning.prepare(
-                source.model, work.anatomy, calibration, held_out, job.options, _store(job)
+                source.model, work.anatomy, calibration, held_out, job.options, job.store()
             )
     statistics = _look_twice(source, work, job) if recipe.passes == 2 else None
     made = _make(source, work, job, opened, statistics)
@@ -154,14 +83,17 @@ def _generated(source: ProfiledModel, job: Job) -> tuple[Tensor, ...]:
     recipe, (text, _) = job.recipe, job.held_apart()
     text.check_vocabulary(num_embeddings(source.model))
     with job.clock.phase("generate"):
-        return generate_windows(
+        found = generate_windows(
             source.model,
             text,
             recipe.generated_sequences,
             recipe.calibration.seed,
             job.options.batch_size,
             job.options.track,
-        ).windows
+        )
+    if job.state is not None:
+        job.state.settle_generated(found.fingerprint())
+    return found.windows
 
 
 def _make(
@@ -172,7 +104,7 @@ def _make(
     statistics: Statistics | None = None,
 ) -> Made:
     """Make it by the shortest way; statistics are taken here where they are not known."""
-    recipe, options, clock = job.recipe, job.options, job.clock
+    recipe = job.recipe
     is_built = recipe.for_profile() == recipe and not recipe.is_sequential
     if opened is not None and not is_built and recipe.allocation == "uniform":
         raise RecipeError(
@@ -181,34 +113,27 @@ def _make(
         )
     if recipe.is_sequential:
         return _make_in_sequence(source, work, job, opened, statistics)
-    if opened is None and recipe.allocation != "uniform":
-        job = job.drawn()
-        if not is_built and statistics is None:
-            statistics = _statistics(source, work, job, recipe.needs, job.held_apart()[0])
-        opened = _passing_profile(source, work, job, statistics, spectra_only=not is_built)
-    if opened is not None and is_built:
-        return build(source.model, work, recipe, opened, options, clock)
-    ranks, allocation = choose_ranks(source.model, work, recipe, opened, options, clock)
-    windows = None
-    if recipe.make_method().needs and any(rank is not None for rank in ranks.ranks.values()):
-        # What ranks, a first pass or training are not to see stays held out.
-        is_held_apart = opened is not None or job.always_holds_out
-        windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=False)
-        windows = job.held_apart()[0] if is_held_apart else windows
-        statistics = statistics or _statistics(
-            source, work, job, recipe.needs_beside_ranks, windows
-        )
-    linears = factorise_blocks(
-        source.model,
-        work.anatomy,
-        ranks,
-        recipe.make_method(),
-        recipe.relative_ridge(),
-        windows if recipe.make_method().needs & STREAMS else None,
-        options,
-        clock,
-        statistics,
+    holds_out = opened is not None or recipe.allocation != "uniform" or job.always_holds_out
+    chooses = opened is None and recipe.allocation != "uniform"
+    job = job.drawn() if chooses else job
+    if chooses and not is_built and statistics is None:
+        needs = recipe.needs_beside_ranks if _known_ranks(job) else recipe.needs
+        statistics = _statistics(source, work, job, needs, job.held_apart()[0])
+    ranks, allocation, opened = _choose(
+        source, work, job, opened, statistics, spectra_only=not is_built
     )
+    if opened is not None and is_built:
+        held_out = opened.held_out()
+        return Made(
+            ranks=ranks,
+            linears=build(source.model, work, ranks, opened, job.options, job.clock, job.state),
+            calibration_fingerprint=opened.manifest.calibration_fingerprint,
+            tokens=opened.manifest.tokens,
+            probe=held_out.windows[0] if held_out else None,
+            allocation=allocation,
+            state=job.state,
+        )
+    linears, windows = _factorise(source, work, job, ranks, statistics, holds_out=holds_out)
     return Made(
         ranks=ranks,
         linears=linears,
@@ -216,17 +141,88 @@ def _make(
         tokens=windows.tokens if windows else 0,
         probe=windows.windows[0] if windows else None,
         allocation=allocation,
+        state=job.state,
     )
+
+
+def _factorise(
+    source: ProfiledModel,
+    work: Work,
+    job: Job,
+    ranks: RankPlan,
+    statistics: Statistics | None,
+    holds_out: bool,
+) -> tuple[list[LinearReport], TokenWindows | None]:
+    """Solve for known ranks, block after block, from moments of the windows that are given too."""
+    recipe, method, windows = job.recipe, job.recipe.make_method(), None
+    if method.needs and any(rank is not None for rank in ranks.ranks.values()):
+        # What ranks, a first pass or training are not to see stays held out.
+        windows = job.windows or draw(recipe.calibration, job.tokenizer, with_held_out=False)
+        windows = job.held_apart()[0] if holds_out else windows
+        statistics = statistics or _statistics(
+            source, work, job, recipe.needs_beside_ranks, windows
+        )
+    linears = factorise_blocks(
+        source.model,
+        work.anatomy,
+        ranks,
+        method,
+        recipe.relative_ridge(),
+        windows if method.needs & STREAMS else None,
+        job.options,
+        job.clock,
+        statistics if method.needs else None,
+        job.state,
+    )
+    return linears, windows
+
+
+def _known_ranks(job: Job) -> RankPlan | None:
+    """Ranks of the run that is gone on with, if they had been chosen."""
+    ranks = None if job.state is None else job.state.manifest.ranks
+    return None if ranks is None else RankPlan(ranks)
+
+
+def _choose(
+    source: ProfiledModel,
+    work: Work,
+    job: Job,
+    opened: Profile | None,
+    statistics: Statistics | None,
+    spectra_only: bool,
+) -> tuple[RankPlan, RanksReport | None, Profile | None]:
+    """Ranks, how they were chosen, and the profile that they were chosen from; each once a run.
+
+    Whoever makes nothing else from that profile wants the `spectra_only`.
+    """
+    recipe, state, ranks = job.recipe, job.state, _known_ranks(job)
+    takes_profile = opened is None and recipe.allocation != "uniform"
+    if state is not None and ranks is not None:
+        warn_again(state.manifest.warnings)
+        if takes_profile and not spectra_only:
+            opened = finished_profile(state)
+            if opened is None:
+                raise CheckpointError(f"{state.profile} is missing; delete {state.folder}")
+        return ranks, state.manifest.allocation, opened
+    with gathered_warnings() as messages:
+        if takes_profile:
+            opened = _passing_profile(source, work, job, statistics, spectra_only)
+        ranks, allocation = choose_ranks(source.model, work, recipe, opened, job.options, job.clock)
+    if state is not None:
+        state.settle(ranks.ranks, allocation, messages)
+        if spectra_only:
+            state.drop_profile()
+    return ranks, allocation, opened
 
 
 def _look_twice(source: ProfiledModel, work: Work, job: Job) -> Statistics:
     """Statistics of the original model and of what a first pass makes of it, as if of one text."""
     recipe, windows = job.recipe, job.held_apart()[0]
     first = _statistics(source, work, job, recipe.needs, windows)
-    first = first or Statistics(_store(job), windows.tokens)
+    first = first or Statistics(job.store(), windows.tokens)
     with ExitStack() as stack:  # the first profile is gone before the second is made
-        copied = replace(source, model=copy.deepcopy(source.model))
-        once = replace(job, recipe=recipe.first_pass(), stack=stack, resume=False)
+        copied = replace(source, model=copy_of(source.model))
+        once = replace(job, recipe=recipe.first_pass(), stack=stack, state=None)
         _make(copied, work, once, None, first)
     with job.clock.phase("second look"), ActivationStore(job.options.memory, job.beside) as passing:
         return look_again(copied.model, work.anatomy, recipe, windows, job.options, first, passing)
@@ -241,13 +237,8 @@ def _statistics(
     """
     windows.check_vocabulary(num_embeddings(source.model))
     return collect_statistics(
-        source.model, work.anatomy, needs, job.recipe, windows, job.options, job.clock, _store(job)
+        source.model, work.anatomy, needs, job.recipe, windows, job.options, job.clock, job.store()
     )
-
-
-def _store(job: Job) -> ActivationStore:
-    """What is kept to the end, on disk past what the options allow."""
-    return job.stack.enter_context(ActivationStore(job.options.memory, job.beside))
 
 
 def _passing_profile(
@@ -257,14 +248,25 @@ def _passing_profile(
     statistics: Statistics | None = None,
     spectra_only: bool = False,
 ) -> Profile:
-    """Profile for ranks that need the spectra of all blocks; beside the output, gone at the end."""
+    """Profile for ranks that need the spectra of all blocks; beside the output, gone at the end.
+
+    Where the run is kept, so is the profile, block by block.
+    """
     recipe, (_, held_out) = job.recipe.for_profile(), job.held_apart()
     if recipe.allocation == "swift" and recipe.swift.importance_weight is None:
         require_held_out(held_out, "the calibration text")
     parted = {"held_out_sequences": len(held_out.windows) if held_out else 0}
     sample = recipe.calibration.model_copy(update=parted)
-    passing = TemporaryDirectory(prefix=".slimrank-", dir=job.beside)
-    path = Path(job.stack.enter_context(passing)) / "profile"
+    state = None
+    if job.state is None:
+        passing = TemporaryDirectory(prefix=".slimrank-", dir=job.beside)
+        path = Path(job.stack.enter_context(passing)) / "profile"
+    else:
+        path = job.state.profile
+        if (known := finished_profile(job.state)) is not None:
+            warn_again(known.manifest.warnings)
+            return known
+        state = job.stack.enter_context(unfinished_profile(job.state))
     spectra_only &= recipe.allocation != "swift"  # the search of that one makes models
     return write_profile(
         path,
@@ -276,6 +278,7 @@ def _passing_profile(
         job.clock,
         spectra_only,
         statistics=statistics,
+        state=state,
     )
 
 
@@ -291,14 +294,11 @@ def _make_in_sequence(
     model, recipe, clock = source.model, job.recipe, job.clock
     calibration, held_out = job.held_apart()
     job.all_windows().check_vocabulary(num_embeddings(model))
-    is_resumed = job.resume and job.out is not None and has_run(Path(job.out))
-    ranks_are_known = is_resumed or opened is not None
+    ranks_are_known = _known_ranks(job) is not None or opened is not None
     needs = recipe.needs_beside_ranks if ranks_are_known else recipe.needs
     statistics = statistics or _statistics(source, work, job, needs, calibration)
-    ranks, allocation, state = _begin_or_resume(
-        source, work, job, opened, statistics, is_resumed=is_resumed
-    )
-    store = _store(job)
+    ranks, allocation, _ = _choose(source, work, job, opened, statistics, spectra_only=True)
+    store = job.store()
     length = max(len(window) for window in calibration.windows)
     size = job.options.batch_size or default_batch_size(length)
     with clock.phase("embed"):
@@ -312,7 +312,7 @@ def _make_in_sequence(
         streams,
         job.options,
         clock,
-        state,
+        job.state,
         statistics,
     )
     return Made(
@@ -323,44 +323,5 @@ def _make_in_sequence(
         probe=calibration.windows[0],
         allocation=allocation,
         blocks=tuple(walk.blocks),
-        state=state,
+        state=job.state,
     )
-
-
-def _begin_or_resume(
-    source: ProfiledModel,
-    work: Work,
-    job: Job,
-    opened: Profile | None,
-    statistics: Statistics | None,
-    is_resumed: bool,
-) -> tuple[RankPlan, RanksReport | None, RunState | None]:
-    """Ranks, how they were chosen, and what keeps finished blocks if a folder is to be written."""
-    model, recipe = source.model, job.recipe
-    marks: dict[str, Any] = {
-        "recipe_fingerprint": recipe.fingerprint(),
-        "model_fingerprint": source.fingerprint,
-        "calibration_fingerprint": job.all_windows().fingerprint(),
-        "dtype": environment(model)["dtype"],
-    }
-    if is_resumed and job.out is not None:
-        state = job.stack.enter_context(RunState.resume(Path(job.out)))
-        state.require(**marks)
-        for difference in state.manifest.differences(environment(model)):
-            warnings.warn(
-                f"the run was begun with another {difference}; its bits may differ from those of "
-                "an unbroken run",
-                NumericalWarning,
-                stacklevel=2,
-            )
-        return RankPlan(state.manifest.ranks), state.manifest.allocation, state
-    if opened is None and recipe.allocation != "uniform":
-        opened = _passing_profile(source, work, job, statistics, spectra_only=True)
-    ranks, allocation = choose_ranks(model, work, recipe, opened, job.options, job.clock)
-    if job.out is None:
-        return ranks, allocation, None
-    manifest = RunManifest(
-        **marks, versions=environment(model), ranks=dict(ranks.ranks), allocation=allocation
-    )
-    state = job.stack.enter_context(RunState.begin(Path(job.out), manifest))
-    return ranks, allocation, state

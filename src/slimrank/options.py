@@ -23,6 +23,9 @@ class CompressionOptions:
     memory : int, optional
         Bytes of activations that a sequential run holds in memory; the rest is spilled to disk. No
         limit if left out.
+    stream : bool
+        Leave the weights of a folder in their files, and work on one block at a time; in `compress`
+        finished blocks go to disk and stay there too. On the CPU.
     track : callable
         Wraps the loop over blocks, given a description, to show progress.
     """
@@ -30,4 +33,5 @@ class CompressionOptions:
     device: str | None = None
     batch_size: int | None = None
     memory: int | None = None
+    stream: bool = False
     track: Track = _untracked

@@ -1,44 +1,43 @@
 """One pass over a model, kept on disk: every size is then made from it without calibration."""
 
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from slimrank.blockwise import BlockPass, check_block, pass_blocks, solve
-from slimrank.calibration import METRIC, ActivationStore, TokenWindows, hold_out
+from slimrank.calibration import ActivationStore, TokenWindows, hold_out
 from slimrank.checkpoint import (
     Profile,
-    ProfiledLinear,
     ProfileManifest,
     read_profile,
     renamed_when_done,
     require_space,
     require_writable,
+    state_folder,
 )
-from slimrank.checkpoint.profile import (
-    HELD_OUT,
-    SPECTRA,
-    block_file,
-    write_manifest,
-    write_tensors,
+from slimrank.checkpoint.manifest import warn_of_differences
+from slimrank.checkpoint.profile import HELD_OUT, write_manifest, write_tensors
+from slimrank.checkpoint.profile import MANIFEST as PROFILE
+from slimrank.checkpoint.profile_state import (
+    ProfileRun,
+    ProfileState,
+    has_unfinished_profile,
+    removed_what_is_left,
+    require_no_unfinished_profile,
 )
 from slimrank.drawing import draw
 from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
 from slimrank.errors import RecipeError
-from slimrank.linalg import Decomposition
-from slimrank.methods import KFACSVD, STREAMS
-from slimrank.model import Anatomy, weights_fingerprint
-from slimrank.nn import LowRankLinear
+from slimrank.methods import STREAMS
+from slimrank.model import weights_fingerprint
 from slimrank.options import CompressionOptions
 from slimrank.planning import profile_bytes
-from slimrank.recipe import CompressionRecipe
-from slimrank.source import open_dense
+from slimrank.profile_pass import ProfilePass
+from slimrank.recipe import BudgetRecipe, CompressionRecipe, RefineRecipe, SwiftRecipe
+from slimrank.source import open_dense, parse_source, require_streamable
 from slimrank.statistics import Statistics, collect_statistics
 from slimrank.targets import Work, find_work, num_embeddings
 
@@ -53,8 +52,11 @@ def profile(
     for_kv_cache: bool = False,
     spectra_only: bool = False,
     options: CompressionOptions | None = None,
+    resume: bool = False,
 ) -> Profile:
     """Take the original activations through a model once, and keep what every size is made from.
+
+    Every block that is finished is kept in a folder beside `out` until the profile stands.
 
     Parameters
     ----------
@@ -75,6 +77,9 @@ def profile(
     spectra_only : bool
         Keep no bases: enough to analyse, a few megabytes even for the largest models.
     options : CompressionOptions, optional
+    resume : bool
+        Go on with the profile that was cut off while it made `out`, if there is one: tokens only
+        pass the blocks that are finished. Gradients, where the recipe needs them, are taken anew.
 
     Returns
     -------
@@ -83,7 +88,8 @@ def profile(
     Raises
     ------
     SlimrankError
-        As `slimrank.compress`; then nothing is written. Also if the disk has no room.
+        As `slimrank.compress`; `out` is then not written. Also if the disk has no room, or an
+        unfinished profile is in the way, is damaged, or was begun with something else.
 
     References
     ----------
@@ -106,9 +112,15 @@ def profile(
     """
     options, out, clock = options or CompressionOptions(), Path(out), Clock()
     require_moments(recipe)
+    if resume and (found := _finished(out, model, recipe, windows, for_kv_cache, spectra_only)):
+        return found
     require_writable(out)
+    if not resume:
+        require_no_unfinished_profile(out)
+    if options.stream:
+        require_streamable(model, options)
     with clock.phase("load"):
-        loaded, name, tokenizer = open_dense(model, recipe.dtype, tokenizer)
+        loaded, name, tokenizer = open_dense(model, recipe.dtype, tokenizer, stream=options.stream)
     loaded = loaded.to(options.device) if options.device else loaded
     source = ProfiledModel(loaded, name, weights_fingerprint(loaded))
     with ExitStack() as stack:
@@ -116,9 +128,102 @@ def profile(
             work = find_work(loaded, recipe, for_kv_cache)
             stack.enter_context(work.put_back_after(loaded))
             windows = windows or draw(recipe.calibration, tokenizer, with_held_out=True)
+            state = _begin_or_resume(
+                out, source, work, recipe, windows, spectra_only, resume, stack
+            )
         return write_profile(
-            out, source, work, recipe, windows, options, clock, spectra_only, warned
+            out, source, work, recipe, windows, options, clock, spectra_only, warned, state=state
         )
+
+
+def _finished(
+    out: Path,
+    model: str | Path | nn.Module,
+    recipe: CompressionRecipe,
+    windows: TokenWindows | None,
+    for_kv_cache: bool,
+    spectra_only: bool,
+) -> Profile | None:
+    """Profile of a run that was cut off when only the removal of its state was left to do.
+
+    None if there is none, or what is told of it without a model shows that it is another.
+    """
+    if not (state_folder(out).is_dir() and (out / PROFILE).is_file()):
+        return None
+    found = read_profile(out)
+    manifest, held_out = found.manifest, found.held_out()
+    pairs = [
+        (manifest.method, recipe.method),
+        (manifest.ridge, recipe.relative_ridge()),
+        (manifest.settings, recipe.method_settings()),
+        (manifest.calibration, recipe.calibration),
+        (manifest.for_kv_cache, for_kv_cache or recipe.kv_cache is not None),
+        (not any(linear.stored_rank for linear in manifest.linears), spectra_only),
+    ]
+    if isinstance(model, nn.Module):
+        pairs.append((manifest.model_fingerprint, weights_fingerprint(model)))
+    else:
+        pairs.append((manifest.model, parse_source(model).name))
+    if recipe.dtype != "auto" and not isinstance(model, nn.Module):
+        pairs.append((manifest.dtype, recipe.dtype))
+    if windows is not None:
+        own, others = hold_out(windows, recipe.calibration.held_out_sequences)
+        pairs.append((manifest.calibration_fingerprint, own.fingerprint()))
+        given = others.fingerprint() if others else ""
+        pairs.append((held_out.fingerprint() if held_out else "", given))
+    is_same = all(one == other for one, other in pairs)
+    fingerprint = served_alike(recipe).fingerprint()
+    return found if is_same and removed_what_is_left(out, fingerprint) else None
+
+
+def served_alike(recipe: CompressionRecipe) -> CompressionRecipe:
+    """The same with what a profile does not depend on at its default, so that all sizes share one.
+
+    Examples
+    --------
+    >>> one, other = (CompressionRecipe(budget={"param_ratio": x}) for x in (0.8, 0.6))
+    >>> served_alike(one) == served_alike(other)
+    True
+    """
+    plain: dict[str, Any] = {
+        "budget": BudgetRecipe(param_ratio=1.0),
+        "within_block": "fixed",
+        "order": None,
+        "refine": RefineRecipe(),
+        "tune": None,
+    }
+    if recipe.allocation == "swift":
+        plain |= {"allocation": "uniform", "swift": SwiftRecipe()}
+    return recipe.model_copy(update=plain)
+
+
+def _begin_or_resume(
+    out: Path,
+    source: "ProfiledModel",
+    work: Work,
+    recipe: CompressionRecipe,
+    windows: TokenWindows,
+    spectra_only: bool,
+    resume: bool,
+    stack: ExitStack,
+) -> ProfileState:
+    """Open what keeps the finished blocks; see that it is of this very profile."""
+    versions = environment(source.model)
+    marks = {
+        "recipe": served_alike(recipe).fingerprint(),
+        "model": source.fingerprint,
+        "calibration text": windows.fingerprint(),
+        "dtype": versions["dtype"],
+        "choice of --kv": "yes" if work.attentions else "no",
+        "choice of --spectra-only": "yes" if spectra_only else "no",
+    }
+    if not (resume and has_unfinished_profile(out)):
+        begun = ProfileState.begin(out, ProfileRun(marks=marks, versions=versions))
+        return stack.enter_context(begun)
+    state = stack.enter_context(ProfileState.resume(out))
+    state.require(marks)
+    warn_of_differences("profile", state.manifest.versions, versions)
+    return state
 
 
 def require_moments(recipe: CompressionRecipe) -> None:
@@ -161,6 +266,7 @@ def write_profile(
     spectra_only: bool = False,
     warned: Sequence[str] = (),
     statistics: Statistics | None = None,
+    state: ProfileState | None = None,
 ) -> Profile:
     """Profile the targeted linears of an open model into a folder (see `profile`).
 
@@ -179,6 +285,8 @@ def write_profile(
         Warnings given before, which belong to the profile.
     statistics : Statistics, optional
         Of these windows, if they are known already.
+    state : ProfileState, optional
+        Keeps each finished block of `out`. Without it, all of the work is one step.
 
     Raises
     ------
@@ -186,22 +294,26 @@ def write_profile(
         If the disk has no room.
     """
     model = source.model
-    require_space(out, profile_bytes(model, work, recipe, spectra_only))
+    kept = state.bytes_kept if state else 0
+    require_space(out, profile_bytes(model, work, recipe, spectra_only) - kept)
     windows.check_vocabulary(num_embeddings(model))
     windows, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
     with ExitStack() as stack:
-        folder = stack.enter_context(renamed_when_done(out))
+        folder = stack.enter_context(state.renamed_when_done() if state else renamed_when_done(out))
+        beside = (
+            state.folder if state else out.parent
+        )  # what a killed process spills is found there
         with gathered_warnings() as messages:
-            store = stack.enter_context(ActivationStore(options.memory, folder.parent))
+            store = stack.enter_context(ActivationStore(options.memory, beside))
             statistics = statistics or collect_statistics(
                 model, work.anatomy, recipe.needs, recipe, windows, options, clock, store
             )
-            found = _take_pass(
-                folder, model, work, recipe, windows, options, clock, spectra_only, statistics
-            )
+            found = ProfilePass(
+                folder, model, work, recipe, clock, spectra_only, statistics, state
+            ).take(windows, options)
         if held_out is not None:
-            kept = {str(number): window for number, window in enumerate(held_out.windows)}
-            found["files"] |= write_tensors(folder, HELD_OUT, kept)
+            tokens = {str(number): window for number, window in enumerate(held_out.windows)}
+            found["files"] |= write_tensors(folder, HELD_OUT, tokens)
         manifest = ProfileManifest(
             model=source.name,
             model_fingerprint=source.fingerprint,
@@ -222,119 +334,3 @@ def write_profile(
         )
         write_manifest(folder, manifest)
     return read_profile(out)
-
-
-def _take_pass(
-    folder: Path,
-    model: Any,
-    work: Work,
-    recipe: CompressionRecipe,
-    windows: TokenWindows,
-    options: CompressionOptions,
-    clock: Clock,
-    spectra_only: bool,
-    statistics: Statistics | None,
-) -> dict[str, Any]:
-    """Walk the blocks; write the bases of each, then all spectra; say what the manifest needs."""
-    count = len(work.anatomy.groups)
-    spectra: dict[str, Tensor] = {}
-    files: dict[str, str] = {}
-    linears: list[ProfiledLinear] = []
-    importance: list[float] = []
-    after_norm = None
-    for passed in pass_blocks(model, work.anatomy, windows, options, clock, count, "profiling"):
-        if statistics is not None:
-            known = {site.name: passed.moments[site.name] for site in passed.sites}
-            passed = replace(passed, moments={n: statistics.of(n, m) for n, m in known.items()})
-        found = _profile_block(
-            model, work, passed, recipe, clock, spectra, spectra_only, statistics
-        )
-        bases = {
-            f"{entry.name}.{part}": columns
-            for entry, solved in found
-            for part, columns in (("basis", solved.basis), ("dual", solved.dual))
-            if entry.stored_rank and columns is not None
-        }
-        with clock.phase("write"):
-            if bases:
-                files |= write_tensors(folder, block_file(passed.index), bases)
-        linears += [
-            entry.model_copy(update={"mean_square_gradient": _mean_square(statistics, entry.name)})
-            for entry, _ in found
-        ]
-        importance.append(passed.influence)
-        after_norm = passed.influence_after_norm
-    files |= write_tensors(folder, SPECTRA, spectra)
-    return {
-        "importance": tuple(importance),
-        "importance_after_norm": after_norm,
-        "linears": tuple(linears),
-        "files": files,
-    }
-
-
-def _profile_block(
-    model: Any,
-    work: Work,
-    passed: BlockPass,
-    recipe: CompressionRecipe,
-    clock: Clock,
-    spectra: dict[str, Tensor],
-    spectra_only: bool,
-    statistics: Statistics | None,
-) -> list[tuple[ProfiledLinear, Decomposition]]:
-    """Solve the linears of a block; check its moments on tokens, at half of the largest ranks."""
-    method = recipe.make_method()
-    found: dict[str, tuple[partial[ProfiledLinear], Decomposition]] = {}
-    halves: dict[str, LowRankLinear] = {}
-    for site in passed.sites:
-        linear = model.get_submodule(site.name)
-        with clock.phase("solve"):
-            rank = work.useful_rank(site.shape)
-            moments = passed.moments[site.name].ridged(recipe.relative_ridge())
-            gradient = statistics.pop_mean_gradient(site.name) if statistics else None
-            solved = solve(model, site, rank, method, moments, gradient)
-            decomposition = solved.decomposition
-            if solved.changes is not None:
-                spectra[f"{site.name}.changes"] = solved.changes
-            spectra[f"{site.name}.singular_values"] = decomposition.singular_values
-            metric = method.metric(moments) if isinstance(method, KFACSVD) else None
-            spectra[f"{site.name}.measured_losses"] = decomposition.measured_losses(
-                moments.original, metric
-            )
-            if rank:
-                half = decomposition.truncate((rank + 1) // 2)
-                halves[site.name] = LowRankLinear.from_factors(linear, half)
-        entry = partial(
-            ProfiledLinear,
-            name=site.name,
-            block=site.block,
-            kind=module_type(site.name, work.anatomy),
-            out_features=site.shape.out_features,
-            in_features=site.shape.in_features,
-            tokens=solved.tokens,
-            energy=decomposition.energy,
-            jitter=decomposition.jitter,
-            stored_rank=0 if spectra_only else rank,
-            seconds=solved.seconds,
-        )
-        found[site.name] = entry, decomposition
-    gaps = check_block(model, passed, halves, clock)
-    return [(entry(token_check=gaps.get(name)), solved) for name, (entry, solved) in found.items()]
-
-
-def _mean_square(statistics: Statistics | None, name: str) -> float | None:
-    has_metric = statistics is not None and (METRIC, name) in statistics.store
-    return statistics.mean_square(name) if statistics is not None and has_metric else None
-
-
-def module_type(name: str, anatomy: Anatomy) -> str:
-    """Name of a linear within its block, numbers as ``*``: what it shares a pool of ranks with.
-
-    Examples
-    --------
-    >>> module_type("model.layers.3.mlp.experts.7.up_proj", Anatomy("model.layers", (), None))
-    'mlp.experts.*.up_proj'
-    """
-    _, *local = name.removeprefix(f"{anatomy.path}.").split(".")
-    return ".".join("*" if re.fullmatch(r"\d+", part) else part for part in local)

@@ -5,12 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from slimrank.checkpoint import LOAD_ERRORS, QUANT_METHOD, read_headers
-from slimrank.errors import ModelError, NumericalError, TextError
+from slimrank.checkpoint import (
+    LOAD_ERRORS,
+    QUANT_METHOD,
+    TRUSTED,
+    load_mapped,
+    own_weight_files,
+    read_headers,
+    reason,
+    require_sound,
+    require_sound_config,
+    told_as,
+)
+from slimrank.errors import CheckpointError, ModelError, NumericalError, TextError
+from slimrank.model import let_go_of
 from slimrank.nn import LowRankLinear
+from slimrank.options import CompressionOptions
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # tokenizers included
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +88,15 @@ def load_model(source: Source, dtype: str = "auto") -> Any:
     NumericalError
         If a weight is NaN or infinite.
     """
-    options = dict(source.options)
+    options = TRUSTED | source.options
     if source.is_gguf:
         options |= _dequantized()
-    try:
+    with told_as(ModelError, f"cannot load {source.name}"):
+        if not source.is_gguf and Path(source.location).is_dir():
+            require_sound(Path(source.location))
         model, info = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=dtype, output_loading_info=True, **options
         )
-    except LOAD_ERRORS as error:
-        raise ModelError(f"cannot load {source.name}: {_reason(error)}") from error
     if source.is_gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     lost = [str(key) for key in info["missing_keys"]]
@@ -90,8 +106,45 @@ def load_model(source: Source, dtype: str = "auto") -> Any:
     return model.eval()
 
 
+def map_model(source: Source, dtype: str = "auto") -> Any:
+    """Open a causal language model whose weights stay in their files.
+
+    Raises
+    ------
+    ModelError
+        If it is a GGUF file, or a hub id that is not to be had.
+    CheckpointError, NumericalError
+        As `slimrank.checkpoint.load_mapped` and `load_model`.
+    """
+    if source.is_gguf:
+        raise ModelError(f"{source.name} is a GGUF file, which cannot be streamed; load it whole")
+    folder = Path(source.location)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(source.location, allow_patterns=MODEL_FILES))
+        except LOAD_ERRORS as error:
+            raise ModelError(f"cannot load {source.name}: {reason(error)}") from error
+    model = load_mapped(folder, dtype)
+    require_finite_weights(model, source.name)
+    return model
+
+
+def require_streamable(model: str | Path | nn.Module, options: CompressionOptions) -> None:
+    """See that nothing is asked for that streaming has not.
+
+    Raises
+    ------
+    ModelError
+        If the model is in memory already, or is to be on another device.
+    """
+    if isinstance(model, nn.Module):
+        raise ModelError("a model in memory cannot be streamed; give its folder")
+    if options.device not in (None, "cpu"):
+        raise ModelError(f"a streamed model is on the CPU; leave out --device {options.device}")
+
+
 def open_dense(
-    model: str | Path | nn.Module, dtype: str, tokenizer: Any = None
+    model: str | Path | nn.Module, dtype: str, tokenizer: Any = None, stream: bool = False
 ) -> tuple[Any, str, Any]:
     """Take a model in memory, or load one, and see that it is dense and finite.
 
@@ -102,6 +155,8 @@ def open_dense(
         To load in; a model in memory keeps its own.
     tokenizer : PreTrainedTokenizerBase, optional
         Given back as it is; loaded if the model is.
+    stream : bool
+        Leave the weights in their files (see `slimrank.checkpoint.load_mapped`).
 
     Returns
     -------
@@ -122,7 +177,7 @@ def open_dense(
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         return model.eval(), name, tokenizer
     source = parse_source(model)
-    loaded = load_model(source, dtype)
+    loaded = map_model(source, dtype) if stream else load_model(source, dtype)
     require_dense(loaded, source.name)
     return loaded, source.name, tokenizer or load_tokenizer(source)
 
@@ -135,16 +190,20 @@ def load_skeleton(source: Source, dtype: str = "auto") -> Any:
     ModelError
         If there is no configuration, or none of a causal language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(source.location, **source.options)
+    headers = _known_headers(source)
+    with told_as(ModelError, f"cannot read {source.name}"):
+        if not source.is_gguf and Path(source.location).is_dir():
+            require_sound_config(Path(source.location), headers)
+        config = AutoConfig.from_pretrained(
+            source.location, trust_remote_code=False, **source.options
+        )
         _require_unquantised(getattr(config, "quantization_config", None), source.name)
-        wanted = config.dtype or _stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
+        stored = config.dtype or _stored_dtype(headers)
+        wanted = stored if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
-    except ModelError:
-        raise
-    except LOAD_ERRORS as error:
-        raise ModelError(f"cannot read {source.name}: {_reason(error)}") from error
+            return AutoModelForCausalLM.from_config(
+                config, dtype=wanted, trust_remote_code=False
+            ).eval()
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -155,10 +214,10 @@ def load_tokenizer(source: Source) -> Any:
     TextError
         If there is none.
     """
-    try:
-        return AutoTokenizer.from_pretrained(source.location, **source.options)
-    except LOAD_ERRORS as error:
-        raise TextError(f"{source.name} has no tokenizer: {_reason(error)}") from error
+    with told_as(TextError, f"{source.name} has no tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=False, **source.options
+        )
 
 
 def tokenize(tokenizer: Any, text: str) -> torch.Tensor:
@@ -184,8 +243,15 @@ def require_finite_weights(model: Any, name: str) -> None:
         With the name of the first bad parameter.
     """
     for parameter_name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+        if parameter.is_floating_point() and not _is_finite(parameter):
             raise NumericalError(f"{name}: {parameter_name} holds NaN or infinite weights")
+        let_go_of((parameter,))
+
+
+def _is_finite(parameter: torch.Tensor) -> bool:
+    """Piece by piece: of an embedding at once it would take twice its memory."""
+    pieces = torch.split(parameter.detach().reshape(-1), 2**22)
+    return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
 
 def require_dense(model: Any, name: str) -> None:
@@ -201,11 +267,20 @@ def require_dense(model: Any, name: str) -> None:
         raise ModelError(f"{name} is quantised; compress first, quantise afterwards")
 
 
-def _stored_dtype(source: Source) -> torch.dtype:
-    """Dtype of the weights of a folder whose configuration names none; float32 elsewhere."""
-    files = sorted(Path(source.location).glob("*.safetensors"))
-    stored = read_headers(files[:1]).values()
-    return next((t.dtype for t in stored if t.is_floating_point()), torch.float32)
+def _known_headers(source: Source) -> dict[str, torch.Tensor]:
+    """Headers of the weight files of a folder; none if they are not all there, or damaged."""
+    folder = Path(source.location)
+    if source.is_gguf or not folder.is_dir():
+        return {}
+    try:
+        return read_headers(own_weight_files(folder))
+    except CheckpointError:
+        return {}
+
+
+def _stored_dtype(headers: dict[str, torch.Tensor]) -> torch.dtype:
+    """Dtype of weights whose configuration names none; float32 where they are not known."""
+    return next((t.dtype for t in headers.values() if t.is_floating_point()), torch.float32)
 
 
 def _require_unquantised(config: Any, name: str) -> None:
@@ -224,11 +299,3 @@ def _dequantized() -> dict[str, Any]:
     except ImportError:
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _reason(error: Exception) -> str:
-    """First sentence or so of what transformers says, in one line."""
-    text = " ".join(str(error).split())
-    if "Unrecognized configuration class" in text:
-        return "it is no causal language model"
-    return text[:300]

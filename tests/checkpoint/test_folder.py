@@ -2,14 +2,23 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
 
 import slimrank
-from slimrank.checkpoint import folder, read_folder, read_report, weight_file_bytes
+from slimrank.checkpoint import (
+    folder,
+    read_folder,
+    read_report,
+    state_folder,
+    weight_file_bytes,
+)
 from slimrank.errors import CheckpointError, NumericalWarning
+from tiny import models as TINY
 
 FILES = {
     "config.json",
@@ -129,8 +138,19 @@ def test_nothing_is_left_behind(
         monkeypatch.setattr(folder, "model_card", fail_with(error))
     expected = CheckpointError if isinstance(error, (OSError, SafetensorError)) else type(error)
     with pytest.raises(expected):
-        slimrank.compress(model, make_recipe(), out=tmp_path / "out", windows=windows)
+        slimrank.compress(model, make_recipe(method="svd"), out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    said = "finished blocks are kept" if isinstance(error, (OSError, SafetensorError)) else None
+    with pytest.raises(expected, match=said):
+        slimrank.compress(make_model("llama"), make_recipe(), out=tmp_path / "out", windows=windows)
+    assert blocks_alone(tmp_path)
+
+
+def blocks_alone(parent):
+    """Whether there are the finished blocks of a run to ``out``, and nothing beside them."""
+    kept = {path.name for path in state_folder(parent / "out").iterdir()}
+    blocks = {f"block-{i:04d}.{end}" for i in (0, 1) for end in ("json", "safetensors")}
+    return kept == {"run.json", "lock", *blocks} and len(list(parent.iterdir())) == 1
 
 
 def flip_a_weight(again):
@@ -166,7 +186,7 @@ def test_a_folder_that_reads_back_otherwise_is_not_kept(
     monkeypatch.setattr(folder, "load", other)
     with pytest.raises(CheckpointError):
         slimrank.compress(make_model("llama"), make_recipe(), out=tmp_path / "out", windows=windows)
-    assert not list(tmp_path.iterdir())
+    assert blocks_alone(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "broken link"])
@@ -197,8 +217,9 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(
     monkeypatch.setattr(folder, "load", slow)
     with pytest.raises(CheckpointError, match="appeared meanwhile"):
         slimrank.compress(make_model("llama"), make_recipe(), out=out, windows=windows)
-    assert list(tmp_path.iterdir()) == [out]
     assert not list(out.iterdir())
+    out.rmdir()
+    assert blocks_alone(tmp_path)
 
 
 def test_a_parent_that_is_a_file_is_refused_before_any_work(
@@ -243,3 +264,29 @@ def test_keep_all_gives_a_dense_folder(make_model, make_recipe, windows, tmp_pat
     assert again.state_dict().keys() == make_model("llama").state_dict().keys()
     with pytest.raises(CheckpointError, match="not compressed"):
         read_folder(tmp_path / "out")
+
+
+def test_a_tokenizer_with_two_chat_templates(
+    make_model, make_recipe, windows, tmp_path, monkeypatch
+):
+    """It writes a folder of its own; and no file is synced twice."""
+    tokenizer = TINY.build_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "tools {{ messages }}"}
+    synced, real = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    out = tmp_path / "out"
+    slimrank.compress(
+        make_model("llama"), make_recipe(), out=out, windows=windows, tokenizer=tokenizer
+    )
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    passing = [
+        name.rpartition("partial-")[2].partition("/")[2] for name in synced if "partial-" in name
+    ]
+    written = {str(path.relative_to(out)) for path in out.rglob("*")}
+    assert "additional_chat_templates/tool_use.jinja" in written
+    assert sorted(name for name in passing if name) == sorted(written)

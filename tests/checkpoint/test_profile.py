@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import slimrank
 from slimrank.checkpoint import Profile, read_profile
@@ -48,7 +49,7 @@ def reseal(folder: Path, **changes: object) -> None:
     """Write the manifest of another version, as that version would."""
     values = json.loads((folder / MANIFEST).read_text()) | changes
     (folder / MANIFEST).write_text(json.dumps(values))
-    digest = slimrank.checkpoint.profile._sha256(folder / MANIFEST)
+    digest = slimrank.checkpoint.profile.file_hash(folder / MANIFEST)
     (folder / SEAL).write_text(f"{digest}  {MANIFEST}\n")
 
 
@@ -122,7 +123,7 @@ def test_a_manifest_of_something_else(folder, changes, message):
 
 def test_a_manifest_that_is_no_json(folder):
     (folder / MANIFEST).write_text("[")
-    digest = slimrank.checkpoint.profile._sha256(folder / MANIFEST)
+    digest = slimrank.checkpoint.profile.file_hash(folder / MANIFEST)
     (folder / SEAL).write_text(f"{digest}  {MANIFEST}\n")
     with pytest.raises(CheckpointError, match=r"is no profile: Invalid JSON"):
         read_profile(folder)
@@ -162,3 +163,67 @@ def test_the_authors_importance_of_the_last_block():
     without = profiles.build({"0.q": [2.0, 1.0]}, [0.1])
     with pytest.raises(CheckpointError, match="no importance after the final norm"):
         without.allocation_profiles(after_norm=True)
+
+
+def change_linear(folder, **changes):
+    values = json.loads((folder / MANIFEST).read_text())
+    linears = [{**values["linears"][0], **changes}, *values["linears"][1:]]
+    reseal(folder, linears=linears)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block": 2}, "is of block 2, which has no entry"),
+        ({"block": -1}, r"linears: 0: block"),
+        ({"out_features": 0}, r"linears: 0: out_features"),
+        ({"in_features": 10**30}, r"linears: 0: in_features"),
+        ({"out_features": 5, "in_features": 5}, "has a spectrum of another linear"),
+        ({"name": "model.layers.1.mlp.up_proj"}, "a linear is named twice"),
+    ],
+)
+def test_a_sealed_manifest_that_contradicts_itself(folder, changes, message):
+    change_linear(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_profile(folder)
+
+
+def with_tensors(folder, name, change):
+    """Write a file of a profile anew, with the hash that belongs to it."""
+    tensors = load_file(folder / name)
+    change(tensors)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    reseal(folder, files={**files, **write_tensors(folder, name, tensors)})
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3, 3).double(), torch.zeros(32)])
+def test_sealed_spectra_that_are_none(folder, value):
+    name = "model.layers.0.mlp.up_proj.singular_values"
+    with_tensors(folder, SPECTRA, lambda tensors: tensors.update({name: value}))
+    with pytest.raises(CheckpointError, match=f"{name} is no list of numbers"):
+        read_profile(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.update({"7": tensors.pop("0")}),
+        lambda tensors: tensors.update({"0": tensors["0"].float()}),
+        lambda tensors: tensors.update({"0": tensors["0"][None]}),
+    ],
+)
+def test_sealed_windows_that_are_none(folder, change):
+    with_tensors(folder, HELD_OUT, change)
+    with pytest.raises(CheckpointError, match="holds no windows"):
+        read_profile(folder).held_out()
+
+
+def test_a_basis_of_other_numbers_and_a_weight_of_other_sides(folder, model):
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(name).weight
+    with pytest.raises(CheckpointError, match="is of another model"):
+        read_profile(folder).decomposition(name, weight.mT, 2)
+    key = f"{name}.basis"
+    with_tensors(folder, block_file(0), lambda tensors: tensors.update({key: tensors[key].int()}))
+    with pytest.raises(CheckpointError, match=f"holds no basis of {name}"):
+        read_profile(folder).decomposition(name, weight, 2)

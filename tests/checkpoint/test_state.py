@@ -1,20 +1,33 @@
 """What is finished of a run survives whatever stops it, and nothing else is taken for it."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from slimrank.checkpoint import RunManifest, RunState, has_run, require_no_run, state_folder
+from slimrank.checkpoint import (
+    RunManifest,
+    RunState,
+    has_run,
+    removed_what_is_left,
+    require_no_run,
+    state_folder,
+)
+from slimrank.checkpoint.durable import locked
+from slimrank.checkpoint.manifest import differences, warn_of_differences
+from slimrank.checkpoint.profile_state import ProfileRun, ProfileState
 from slimrank.checkpoint.state import LOCK, MANIFEST
-from slimrank.errors import CheckpointError
+from slimrank.errors import CheckpointError, NumericalWarning
 from slimrank.nn import LowRankLinear
 from slimrank.report import (
     AllocationReport,
@@ -25,11 +38,12 @@ from slimrank.report import (
     RefinementEpoch,
     RefinementReport,
 )
+from tiny.faults import full_disk
 
 FINGERPRINTS = {
-    "recipe_fingerprint": "aa",
-    "model_fingerprint": "bb",
-    "calibration_fingerprint": "cc",
+    "recipe_fingerprint": "a" * 64,
+    "model_fingerprint": "b" * 64,
+    "calibration_fingerprint": "c" * 64,
     "dtype": "bfloat16",
 }
 ALL_FILES = [MANIFEST, *(f"block-000{i}.{e}" for i in (0, 1) for e in ("json", "safetensors"))]
@@ -214,10 +228,13 @@ def test_all_that_is_another_is_named(left, out):
 
 def test_differences_of_versions(left, out):
     with RunState.resume(out) as state:
-        assert state.manifest.differences(state.manifest.versions) == []
-        now = {"torch": "2.14.0", "threads": "2", "device": "cpu"}
-        assert state.manifest.differences(now) == ["torch 2.13.0 -> 2.14.0", "device none -> cpu"]
-        assert state.manifest.differences({"torch": "2.13.0"}) == ["threads 2 -> none"]
+        versions = state.manifest.versions
+    warn_of_differences("run", versions, versions)
+    now = {"torch": "2.14.0", "threads": "2", "device": "cpu"}
+    assert differences(versions, now) == ["torch 2.13.0 -> 2.14.0", "device none -> cpu"]
+    assert differences(versions, {"torch": "2.13.0"}) == ["threads 2 -> none"]
+    with pytest.warns(NumericalWarning, match=r"the run was begun with another threads 2 -> none"):
+        warn_of_differences("run", versions, {"torch": "2.13.0"})
 
 
 def test_what_is_no_unfinished_run(out, left, manifest):
@@ -390,6 +407,78 @@ def test_a_refused_folder_is_not_kept_locked(left, out, manifest):
     RunState.resume(out).close()
 
 
+def test_a_lock_that_was_removed_is_no_lock(left, out, monkeypatch):
+    """A process opens the lock, another one ends and removes it, and only then it is taken."""
+    fcntl = pytest.importorskip("fcntl")
+    real, others = fcntl.flock, []
+
+    def flock(file, how):
+        if not others:
+            (left / LOCK).unlink()
+            others.append((left / LOCK).open("ab"))
+            real(others[0], how)
+            real(file, how)
+        else:
+            real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CheckpointError, match="another process works on"):
+        RunState.resume(out)
+    others[0].close()
+    RunState.resume(out).close()
+
+
+def test_a_lock_that_was_removed_is_taken_anew(left, out, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    real, calls = fcntl.flock, []
+
+    def flock(file, how):
+        calls.append(file)
+        if len(calls) == 1:
+            (left / LOCK).unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(left, out):
+        assert len(calls) == 2
+        with pytest.raises(CheckpointError, match="another process works on"):
+            RunState.resume(out)
+
+
+def test_a_folder_that_vanishes(out, manifest, monkeypatch):
+    """Its run ends between the moment at which it is seen and that at which it is locked."""
+    with monkeypatch.context() as patch:
+        patch.setattr("slimrank.checkpoint.unfinished.sync_folder", lambda _: gone())
+        gone = state_folder(out).rmdir
+        with pytest.raises(CheckpointError, match="another process works on"):
+            RunState.begin(out, manifest)
+
+    def unlocked(folder, _out):
+        shutil.rmtree(folder)
+        return ExitStack()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimrank.checkpoint.unfinished.locked", unlocked)
+        with pytest.raises(CheckpointError, match=r"cannot write .*: No such file"):
+            RunState.begin(out, manifest)
+
+
+def test_who_waits_may_begin_while_the_folder_is_removed(left, out, monkeypatch):
+    real = shutil.rmtree
+
+    def rmtree(folder):
+        (folder / LOCK).unlink()
+        (folder / LOCK).touch()  # of the other process
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    state = RunState.resume(out)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", rmtree)
+        state.remove()
+    assert [path.name for path in left.iterdir()] == [LOCK]
+    real(left)
+
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
@@ -439,6 +528,7 @@ def test_a_full_disk(left, out, manifest, monkeypatch):
                 keep(state, 2)
             with pytest.raises(CheckpointError, match=r"cannot write .*: No space left"):
                 RunState.begin(out.parent / "other", manifest)
+        assert not state_folder(out.parent / "other").exists()
         assert not list(left.glob("*.partial"))
         assert len(state.finished) == 2
         keep(state, 2)  # once there is room
@@ -476,7 +566,127 @@ def test_a_removal_that_is_refused(left, out, monkeypatch):
     RunState.begin(out, state.manifest).close()
 
 
+@pytest.mark.parametrize("after", range(1, 5))
+def test_a_disk_that_is_full_at_the_start(out, manifest, after):
+    out.parent.mkdir()
+    for begin in (
+        lambda: RunState.begin(out, manifest),
+        lambda: ProfileState.begin(out, ProfileRun(marks={}, versions={})),
+    ):
+        with full_disk(out.parent, after), pytest.raises(CheckpointError, match="No space left"):
+            begin()
+        assert not list(out.parent.iterdir())
+
+
 def test_a_folder_that_cannot_be_made(tmp_path, manifest):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"cannot write .*: Not a directory"):
         RunState.begin(tmp_path / "file" / "out", manifest)
+
+
+def test_ranks_are_kept_once_they_are_chosen(out, manifest):
+    unsettled = manifest.model_copy(update={"ranks": None, "allocation": None})
+    with RunState.begin(out, unsettled) as state:
+        assert state.is_bare
+        assert RunManifest.model_validate(state.manifest.model_dump()).ranks is None
+        state.settle(manifest.ranks, manifest.allocation, ["a remark"])
+        assert not state.is_bare
+    with RunState.resume(out) as state:
+        assert state.manifest == manifest.model_copy(update={"warnings": ("a remark",)})
+
+
+def test_generated_sequences_are_kept_once_something_is_finished(out, manifest):
+    bare = manifest.model_copy(update={"ranks": None, "allocation": None})
+    with RunState.begin(out, bare) as state:
+        state.settle_generated("one")
+        state.settle_generated("other")  # nothing is finished of the first
+        state.save(0, tensors(0), *reports(0))
+    with RunState.resume(out) as state:
+        assert state.manifest.generated_fingerprint == "other"
+        state.settle_generated("other")
+        with pytest.raises(CheckpointError, match="begun with other generated sequences"):
+            state.settle_generated("one")
+
+
+def test_another_profile_is_refused(out, manifest):
+    with RunState.begin(out, manifest.model_copy(update={"profile_fingerprint": "p"})) as state:
+        state.require(**FINGERPRINTS, profile_fingerprint="p")
+        with pytest.raises(CheckpointError, match="another profile"):
+            state.require(**FINGERPRINTS, profile_fingerprint="q")
+
+
+@pytest.mark.parametrize("stage", [("fsync", 0, False), ("replace", 0, False)])
+def test_killed_while_ranks_are_kept(out, manifest, monkeypatch, stage):
+    unsettled = manifest.model_copy(update={"ranks": None, "allocation": None})
+    with RunState.begin(out, unsettled) as state, monkeypatch.context() as patch:
+        killed_at(patch, *stage)
+        with pytest.raises(Killed):
+            state.settle(manifest.ranks, manifest.allocation)
+    with RunState.resume(out) as state:
+        assert state.manifest == unsettled
+
+
+def test_a_block_may_have_no_report_of_its_own(out, manifest):
+    linears, _ = reports(0)
+    with RunState.begin(out, manifest) as state:
+        state.save(0, {}, linears)
+        state.save(1, tensors(1), linears, warnings=["a remark"])
+    with RunState.resume(out) as state:
+        assert [block.block for block in state.finished] == [None, None]
+        assert state.load(0) == {}
+        assert_same_bits(state.load(1), tensors(1))
+
+
+def test_a_run_of_before_is_read(left, out):
+    """Its manifest says nothing of warnings."""
+    content = json.loads((left / MANIFEST).read_text())["content"]
+    for key in ("warnings", "generated_fingerprint", "profile_fingerprint"):
+        del content[key]
+    text = json.dumps(content).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    (left / MANIFEST).write_bytes(b'{"sha256": "%b", "content": %b}\n' % (digest.encode(), text))
+    with RunState.resume(out) as state:
+        assert state.manifest.warnings == ()
+        assert state.manifest.generated_fingerprint == ""
+        assert len(state.finished) == 2
+
+
+@pytest.mark.parametrize("name", ["profile", ".profile.unfinished"])
+def test_a_profile_is_worth_keeping(out, manifest, name):
+    with RunState.begin(out, manifest.model_copy(update={"allocation": None})) as state:
+        assert state.is_bare
+        (state.folder / name).mkdir()
+        assert not state.is_bare
+        state.drop_profile()
+        assert state.is_bare == (name == "profile")
+        state.remove()
+    assert not state.folder.exists()
+
+
+def test_what_is_passing_goes_and_a_profile_stays(left, out):
+    for name in (".small.partial-x", ".slimrank-activations-x", "profile", ".profile.unfinished"):
+        (left / name).mkdir()
+        (left / name / "file").write_bytes(b"half")
+    with RunState.resume(out) as state:
+        folders = {path.name for path in left.iterdir() if path.is_dir()}
+        assert folders == {"profile", ".profile.unfinished"}
+        state.remove()
+    assert not left.exists()
+
+
+def test_what_is_left_of_a_run_that_is_done(left, out):
+    recipe = FINGERPRINTS["recipe_fingerprint"]
+    assert not removed_what_is_left(out, recipe)  # it is not done
+    out.mkdir()
+    assert not removed_what_is_left(out, "another")
+    assert len(list(left.glob("block-*.json"))) == 2
+    assert removed_what_is_left(out, recipe)
+    assert not left.exists()
+    assert not removed_what_is_left(out, recipe)
+    left.mkdir()  # killed just before the end
+    (left / LOCK).touch()
+    (left / "mine").touch()
+    assert not removed_what_is_left(out, recipe)
+    (left / "mine").unlink()
+    assert removed_what_is_left(out, recipe)
+    assert not left.exists()

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import slimrank
+from slimrank.checkpoint import RunState
 from slimrank.cli import app
 
 runner = CliRunner()
@@ -213,7 +215,7 @@ def test_full_disk(model, text, tmp_path, monkeypatch):
     before = left_in(tmp_path)
     line = fails("compress", model, tmp_path / "out", "--keep", 0.8, "--calibration", text, *SMALL)
     assert "No space left" in line
-    assert left_in(tmp_path) == before
+    assert left_in(tmp_path) == before | {".out.unfinished"}
 
 
 def test_compressed_already(model, text, tmp_path):
@@ -248,7 +250,7 @@ def test_loss_that_is_not_finite(model, text):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_in_the_middle(model, text, tmp_path, number):
-    """A run that is stopped while it writes leaves nothing, and says so in one line."""
+    """A run that is stopped while it writes keeps its blocks, nothing else, and says so."""
     script = (
         "import signal, sys, time, transformers\n"
         # A job in the background is started with SIGINT ignored.
@@ -276,10 +278,13 @@ def test_interrupt_in_the_middle(model, text, tmp_path, number):
     time.sleep(0.2)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "nothing was written" in stderr
+    assert process.returncode == 128 + number
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert stderr.splitlines()[-1] == (
+        f"{word}: finished blocks are kept; go on: slimrank compress … --resume"
+    )
     assert "Traceback" not in stderr
-    assert left_in(tmp_path) == before
+    assert left_in(tmp_path) == before | {".out.unfinished"}
 
 
 @pytest.mark.parametrize(
@@ -294,8 +299,7 @@ def test_interrupt_in_the_middle(model, text, tmp_path, number):
         (["--within-block", "swift"], "recipe: within_block: "),
         (["--order", "one-shot", "--refine", "fast"], "refinement takes the blocks one after"),
         (["--order", "one-shot", "--within-block", "greedy"], "--within-block greedy takes"),
-        (["--resume"], "only a sequential run that writes a folder can be resumed"),
-        (["--method", "aa-svd", "--order", "one-shot", "--resume"], "only a sequential run"),
+        (["--method", "svd", "--resume"], "keeps nothing to go on with; leave --resume out"),
     ],
 )
 def test_settings_of_a_sequential_run(model, tmp_path, flags, said):
@@ -329,20 +333,103 @@ def test_usage_errors_exit_with_2(model):
     assert runner.invoke(app, ["plan", str(model), "--kep", "0.8"]).exit_code == 2
 
 
-def test_interrupting_a_sequential_run_says_how_to_go_on(model, text, tmp_path, monkeypatch):
-    def stop(*_args, **_kwargs):
+def test_interrupting_a_run_says_how_to_go_on(model, text, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", RunState.save
+    command = ["compress", model, out, "--keep", 0.8, *SMALL, "--calibration", text]
+    command += ["--order", "sequential", "--json"]
+
+    def stop(*arguments):
+        real(*arguments)
         raise KeyboardInterrupt
 
-    out = tmp_path / "out"
-    monkeypatch.setattr("slimrank.sequential.block.pass_shifted", stop)
-    arguments = ["compress", model, out, "--keep", 0.8, "--order", "sequential", *SMALL]
-    result = runner.invoke(app, [str(a) for a in (*arguments, "--calibration", text)])
-    assert result.exit_code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save", stop)
+        result = runner.invoke(app, [str(a) for a in command])
+    assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr.splitlines()[-1] == (
-        "interrupted: finished blocks are kept; go on with --resume"
+        "interrupted: finished blocks are kept; go on: slimrank compress … --resume"
     )
-    monkeypatch.undo()
-    result = runner.invoke(app, [str(a) for a in (*arguments, "--calibration", text, "--resume")])
+    assert left_in(tmp_path) == {"model", "text.txt", ".out.unfinished"}
+    result = runner.invoke(app, [str(a) for a in [*command, "--resume"]])
+    assert json.loads(result.stdout)["linears"]
+    assert "note: " not in result.stderr
+    assert left_in(tmp_path) == {"model", "text.txt", "out"}
+
+
+def test_a_demo_that_is_cut_off_goes_on(dense_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("slimrank.demo.fetch_model", lambda: dense_folder)
+    monkeypatch.setattr("slimrank.demo.LENGTH", 64)
+    command = ["demo", "--out", tmp_path / "out", "--num-sequences", 4, "--num-windows", 1]
+    real = RunState.save
+
+    def stop(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save", stop)
+        result = runner.invoke(app, [str(a) for a in command])
+    assert result.stderr.splitlines()[-1] == (
+        "interrupted: finished blocks are kept; the same command goes on"
+    )
+    result = runner.invoke(app, [str(a) for a in command])
+    assert result.exit_code == 0, result.output
+    assert left_in(tmp_path) == {"out"}
+
+
+def test_a_run_that_may_be_resumed_says_that_it_begins(model, text, tmp_path):
+    command = ["compress", model, tmp_path / "out", "--keep", 0.8, *SMALL, "--calibration", text]
+    result = runner.invoke(app, [str(a) for a in [*command, "--resume"]])
     assert result.exit_code == 0
-    assert left_in(tmp_path) >= {"out"}
-    assert not [name for name in left_in(tmp_path) if name.startswith(".")]
+    note = "note: nothing is kept of an earlier run; this one begins at the start"
+    assert result.stderr.splitlines().count(note) == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "evaluate", "quantize", "report"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_every_command_ends_cleanly(command, number, monkeypatch, tmp_path):
+    """The signal comes once the command is at work; a second SIGTERM in the clean-up too."""
+    cleaned = []
+
+    def work(*_args, **_kwargs):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            cleaned.append(1)
+
+    at_work = {
+        "inspect": "slimrank.cli.inspect.read_folder",
+        "plan": "slimrank.cli.plan.plan",
+        "evaluate": "slimrank.cli.evaluate.parse_source",
+        "quantize": "slimrank.cli.quantize.quantize",
+        "report": "slimrank.cli.report.read_shown",
+    }
+    monkeypatch.setattr(at_work[command], work)
+    text = tmp_path / "t.txt"
+    text.write_text("the cat sat")
+    more = {"plan": ["--keep", 0.8], "evaluate": ["--text", text], "quantize": [tmp_path / "q"]}
+    more["report"] = ["--out", tmp_path / "r.html"]
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    arguments = [command, tmp_path / "model", *more.get(command, [])]
+    result = runner.invoke(app, [str(a) for a in arguments])
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert result.stderr.splitlines() == [f"{word}: nothing was kept"]
+    assert (result.exit_code, result.stdout) == (128 + number, "")
+    assert cleaned == [1]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(monkeypatch, model):
+    def work(*_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise slimrank.errors.ModelError("went on")
+
+    monkeypatch.setattr("slimrank.cli.plan.plan", work)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert "went on" in fails("plan", model, "--keep", 0.8)
+    finally:
+        signal.signal(signal.SIGINT, before)

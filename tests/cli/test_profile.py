@@ -81,6 +81,44 @@ def test_profile_says_what_it_will_take_and_took(dense_folder, text, tmp_path):
     assert found.held_out().tokens == 64
 
 
+def test_a_profile_that_is_cut_off_goes_on(dense_folder, text, folder, tmp_path, monkeypatch):
+    out, real = tmp_path / "profile", slimrank.checkpoint.profile_state.ProfileState.save
+    command = ["profile", dense_folder, out, "--calibration", text, *SMALL, "--json"]
+
+    def stop(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimrank.checkpoint.profile_state.ProfileState.save", stop)
+        result = invoke(*command, "--resume")
+    assert (result.exit_code, result.stdout) == (130, "")
+    lines = result.stderr.splitlines()
+    assert "note: nothing is kept of an earlier run; this one begins at the start" in lines
+    assert lines[-1] == (
+        "interrupted: finished blocks are kept; go on: slimrank profile … --resume"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [".profile.unfinished"]
+    line = fails(*command)
+    assert "go on with --resume, or delete it" in line
+    assert "begun with another choice of --kv" in fails(*command, "--resume", "--kv")
+    result = invoke(*command, "--resume")
+    assert "note: " not in result.stderr
+    assert json.loads(result.stdout)["files"] == slimrank.read_profile(folder).manifest.files
+    assert [path.name for path in tmp_path.iterdir()] == ["profile"]
+
+
+def test_a_profile_interrupted_before_the_first_block(dense_folder, text, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slimrank.profile_pass.solve", stop)
+    result = invoke("profile", dense_folder, tmp_path / "out", "--calibration", text, *SMALL)
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "interrupted: nothing was kept"
+    assert not list(tmp_path.iterdir())
+
+
 def test_json_is_all_that_stdout_holds(dense_folder, text, tmp_path):
     out = tmp_path / "profile"
     arguments = [dense_folder, out, "--calibration", text, *SMALL, "--spectra-only", "--json"]

@@ -14,8 +14,10 @@ from slimrank.checkpoint.folder import (
     read_report,
     write_folder,
 )
+from slimrank.checkpoint.foreign import reason, told_as
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
 from slimrank.checkpoint.manifest import RunManifest
+from slimrank.checkpoint.mapped_folder import load_mapped, map_over
 from slimrank.checkpoint.passing import renamed_when_done, require_writable
 from slimrank.checkpoint.profile import (
     Profile,
@@ -32,7 +34,20 @@ from slimrank.checkpoint.size import (
     safetensors_bytes,
     weight_file_bytes,
 )
-from slimrank.checkpoint.state import RunState, has_run, require_no_run, state_folder
+from slimrank.checkpoint.sound import (
+    TRUSTED,
+    own_file,
+    own_weight_files,
+    require_sound,
+    require_sound_config,
+)
+from slimrank.checkpoint.state import (
+    RunState,
+    has_run,
+    removed_what_is_left,
+    require_no_run,
+)
+from slimrank.checkpoint.unfinished import state_folder
 
 __all__ = [
     "CARD",
@@ -42,6 +57,7 @@ __all__ = [
     "RECIPE",
     "REPORT",
     "SHARD_SIZE",
+    "TRUSTED",
     "FinishedBlock",
     "FolderContents",
     "LowRankConfig",
@@ -56,20 +72,29 @@ __all__ = [
     "folder_bytes",
     "has_run",
     "load",
+    "load_mapped",
+    "map_over",
     "mark_compressed",
     "model_card",
+    "own_file",
+    "own_weight_files",
     "read_folder",
     "read_headers",
     "read_profile",
     "read_quantization",
     "read_report",
+    "reason",
     "register",
+    "removed_what_is_left",
     "renamed_when_done",
     "require_no_run",
+    "require_sound",
+    "require_sound_config",
     "require_space",
     "require_writable",
     "safetensors_bytes",
     "state_folder",
+    "told_as",
     "weight_file_bytes",
     "write_folder",
 ]

@@ -1,9 +1,11 @@
 """Files that are there whole or not at all; JSON that tells if a bit of it has changed."""
 
+import errno
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +18,8 @@ if sys.platform != "win32":
     import fcntl
 
 LOCK, PASSING = "lock", ".partial"
+# what file systems on a network answer if they do not sync folders
+NEVER_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
 
 class Frozen(BaseModel):
@@ -81,13 +85,49 @@ def write_durably(folder: Path, name: str, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk; Windows cannot."""
+    """Bring the names in a folder to the disk; Windows and some network file systems cannot."""
     if sys.platform != "win32":
-        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+            opened = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
+        except OSError as error:
+            if error.errno not in NEVER_SYNCED:
+                raise
+
+
+def sync_all(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Bring files of a folder to the disk, and then their names.
+
+    If none are named, all files, and those of the folders in it.
+    """
+    below = list(folder.rglob("*")) if names is None else [folder / name for name in names]
+    for path in below:
+        if not path.is_dir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    for path in below:
+        if path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def give_name(passing: Path, out: Path) -> None:
+    """Rename what is whole and synced, and bring its name to the disk.
+
+    That this is refused is no failure: it stands, and a disk keeps the order of changes to names.
+    """
+    passing.rename(out)
+    with suppress(OSError):
+        sync_folder(out.parent)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_passing(folder: Path) -> None:
@@ -100,16 +140,23 @@ def remove_passing(folder: Path) -> None:
 
 
 def locked(folder: Path, out: Path) -> ExitStack:
-    """Keep other processes out until the stack is closed; on Windows nothing does."""
+    """Keep other processes out until the stack is closed; on Windows nothing does.
+
+    A lock that was deleted while this process waited for it keeps nobody out: it is taken anew.
+    """
     stack = ExitStack()
     if sys.platform == "win32":
         return stack
     try:
-        lock = stack.enter_context((folder / LOCK).open("ab"))
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            lock = stack.enter_context((folder / LOCK).open("ab"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+                    return stack
+            stack.close()
     except OSError as error:
         stack.close()
-        if isinstance(error, BlockingIOError):
+        if isinstance(error, BlockingIOError | FileNotFoundError):  # it is held; it was removed
             raise CheckpointError(f"another process works on {out}; wait for it") from error
         raise CheckpointError(f"cannot lock {folder}: {error.strerror}") from error
-    return stack

@@ -8,7 +8,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from slimrank.checkpoint.durable import Frozen, damaged, read_sealed, sealed, write_durably
+from slimrank.checkpoint.durable import (
+    Frozen,
+    damaged,
+    file_hash,
+    read_sealed,
+    sealed,
+    write_durably,
+)
 from slimrank.errors import CheckpointError
 from slimrank.report import BlockReport, LinearReport
 
@@ -22,7 +29,9 @@ class FinishedBlock(Frozen):
     file, sha256 : str
         Where its tensors are, and the hash of that file.
     linears : tuple of LinearReport
-    block : BlockReport
+    block : BlockReport or None
+        Of a sequential run. In one-shot order there is none, and the tensors are those of the
+        factorised linears alone.
     warnings : tuple of str
         Given while it was worked on.
     """
@@ -31,7 +40,7 @@ class FinishedBlock(Frozen):
     file: str
     sha256: str
     linears: tuple[LinearReport, ...]
-    block: BlockReport
+    block: BlockReport | None
     warnings: tuple[str, ...] = ()
 
 
@@ -40,7 +49,7 @@ def write_finished(
     index: int,
     tensors: Mapping[str, Tensor],
     linears: Sequence[LinearReport],
-    block: BlockReport,
+    block: BlockReport | None,
     warnings: Sequence[str],
 ) -> FinishedBlock:
     """Write the tensors of a block, and then its entry (see `RunState.save`)."""
@@ -89,10 +98,9 @@ def read_tensors(folder: Path, entry: FinishedBlock) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def remove_finished(folder: Path, entry: FinishedBlock) -> None:
-    """Delete a block, its entry first."""
-    (folder / f"{_block_name(entry.index)}.json").unlink(missing_ok=True)
-    (folder / entry.file).unlink(missing_ok=True)
+def files_of(entry: FinishedBlock) -> tuple[str, str]:
+    """Names of the files of a block, in the order in which they are to be deleted."""
+    return f"{_block_name(entry.index)}.json", entry.file
 
 
 def _read_finished(folder: Path, index: int) -> FinishedBlock:
@@ -107,8 +115,7 @@ def _read_finished(folder: Path, index: int) -> FinishedBlock:
     if not path.exists():
         raise CheckpointError(f"{folder} lacks {path.name}; {advice}")
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_hash(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if digest != entry.sha256:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.loading import load
+from slimrank.checkpoint.mapped_folder import load_mapped, save_mapped
 from slimrank.checkpoint.passing import renamed_when_done
 from slimrank.checkpoint.size import SHARD_SIZE, weight_file_bytes
 from slimrank.errors import CheckpointError, NumericalWarning
+from slimrank.model import is_mapped, let_go_of
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport, QuantizationReport
 
@@ -25,6 +27,7 @@ def write_folder(
     out: Path,
     report: CompressionReport,
     probe: Tensor,
+    passing: Path | None = None,
 ) -> CompressionReport:
     """Write model, tokenizer, recipe, report and card; load them again and compare; rename.
 
@@ -39,6 +42,8 @@ def write_folder(
         Written with the bytes that the weight files turn out to have.
     probe : Tensor of shape (1, tokens)
         Token ids on which the logits of both models are compared.
+    passing : Path, optional
+        Where the folder is until then, on the same disk; beside `out` if left out.
 
     Returns
     -------
@@ -50,8 +55,11 @@ def write_folder(
     CheckpointError
         If the disk is full, or what is read back is not what was written. Nothing remains then.
     """
-    with renamed_when_done(out) as folder:
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    with renamed_when_done(out, beside=passing) as folder:
+        if is_mapped(model):
+            save_mapped(model, folder)
+        else:
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         size = report.size.model_copy(update={"weight_bytes": weight_file_bytes(folder)})
@@ -114,14 +122,18 @@ def compare_with_folder(model: Any, folder: Path, probe: Tensor) -> None:
     CheckpointError
         If a tensor or a logit differs in one bit.
     """
-    again = load(folder, dtype="auto").to(next(model.parameters()).device)
-    expected, found = model.state_dict(), again.state_dict()
+    if is_mapped(model):
+        again = load_mapped(folder)
+    else:
+        again = load(folder, dtype="auto").to(next(model.parameters()).device)
+    expected, found = (each.state_dict(keep_vars=True) for each in (model, again))
     if expected.keys() != found.keys():
         raise CheckpointError("the folder does not read back with the same tensors")
     for name, tensor in expected.items():
         same = tensor.dtype == found[name].dtype and torch.equal(tensor, found[name])
         if not same:
             raise CheckpointError(f"{name} does not read back as it was written")
+        let_go_of((tensor, found[name]))
     _copy_passing_buffers(model, again)
     with torch.no_grad():
         probe = probe.to(next(model.parameters()).device)

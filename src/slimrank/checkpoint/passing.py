@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from slimrank.checkpoint.durable import give_name, sync_all
 from slimrank.errors import CheckpointError
 
 
@@ -23,21 +24,26 @@ def require_writable(out: Path) -> None:
         raise CheckpointError(f"{out} exists already; name a folder that does not")
     parent = next(p for p in out.absolute().parents if p.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".slimrank-", dir=parent):
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         raise CheckpointError(f"cannot write to {parent}: {error.strerror}") from error
 
 
 @contextmanager
-def renamed_when_done(out: Path, *, is_file: bool = False) -> Iterator[Path]:
-    """Give a passing name; rename what is there at the end, or remove it whatever happened.
+def renamed_when_done(
+    out: Path, *, is_file: bool = False, beside: Path | None = None
+) -> Iterator[Path]:
+    """Give a passing name; sync and rename what is there at the end, or remove it in any case.
 
     Parameters
     ----------
     out : Path
     is_file : bool
         The name is free for a file, with the ending of `out`; otherwise it is an empty folder.
+    beside : Path, optional
+        Folder to pass in, on the same disk, which is kept for a resumed run; that of `out` if left
+        out.
 
     Raises
     ------
@@ -46,17 +52,19 @@ def renamed_when_done(out: Path, *, is_file: bool = False) -> Iterator[Path]:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=beside or out.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {out}: {error}") from error
     passing = folder / f"file{out.suffix}" if is_file else folder
     try:
         folder.chmod(0o755)
         yield passing
+        sync_all(folder)
         if out.exists():
             raise CheckpointError(f"{out} appeared meanwhile; nothing was written")
-        passing.rename(out)
+        give_name(passing, out)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {out}: {error}; nothing was kept") from error
+        kept = "nothing was kept" if beside is None else "finished blocks are kept: see --resume"
+        raise CheckpointError(f"cannot write {out}: {error}; {kept}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

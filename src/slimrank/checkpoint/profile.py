@@ -1,25 +1,27 @@
 """A profile on disk: spectra, bases and importance of a model, from which every size is made."""
 
-import hashlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slimrank.allocation import Layout, LinearProfile, LinearShape
 from slimrank.calibration import TokenWindows
+from slimrank.checkpoint.durable import file_hash
 from slimrank.errors import CheckpointError
 from slimrank.linalg import Decomposition
 from slimrank.recipe import CalibrationRecipe
+from slimrank.report import Count
 
 MANIFEST, SPECTRA, HELD_OUT = "profile.json", "spectra.safetensors", "held_out.safetensors"
 SEAL = "profile.json.sha256"
+Side = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class _Frozen(BaseModel):
@@ -52,14 +54,14 @@ class ProfiledLinear(_Frozen):
     """
 
     name: str
-    block: int
+    block: Count
     kind: str
-    out_features: int
-    in_features: int
-    tokens: int
+    out_features: Side
+    in_features: Side
+    tokens: Count
     energy: float
     jitter: float
-    stored_rank: int
+    stored_rank: Count
     token_check: float | None
     seconds: float
     mean_square_gradient: float | None = None
@@ -117,6 +119,15 @@ class ProfileManifest(_Frozen):
     peak_bytes: int
     environment: dict[str, str]
     warnings: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _blocks_are_known(self) -> "ProfileManifest":
+        for linear in self.linears:
+            if linear.block >= len(self.importance):
+                raise ValueError(f"{linear.name} is of block {linear.block}, which has no entry")
+        if len({linear.name for linear in self.linears}) < len(self.linears):
+            raise ValueError("a linear is named twice")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +216,14 @@ class Profile:
             self._open[entry.block] = self._read_block(entry.block)
         basis = self._open[entry.block].get(f"{name}.basis")
         dual = self._open[entry.block].get(f"{name}.dual")
-        if basis is None or tuple(basis.shape) != (entry.out_features, entry.stored_rank):
+        shape = (entry.out_features, entry.stored_rank)
+        if basis is None or any(
+            tuple(x.shape) != shape or not x.is_floating_point()
+            for x in (basis, *([] if dual is None else [dual]))
+        ):
             raise CheckpointError(f"{self.folder} holds no basis of {name}; profile anew")
+        if tuple(weight.shape) != (entry.out_features, entry.in_features):
+            raise CheckpointError(f"{self.folder} is of another model: {name} has other sides")
         if rank > entry.stored_rank:
             raise CheckpointError(
                 f"{self.folder} keeps {name} up to rank {entry.stored_rank}, and {rank} is asked "
@@ -225,7 +242,12 @@ class Profile:
         if HELD_OUT not in self.manifest.files:
             return None
         tensors = _read(self.folder, HELD_OUT, self.manifest)
-        return TokenWindows(tuple(tensors[str(number)] for number in range(len(tensors))))
+        names = [str(number) for number in range(len(tensors))]
+        if tensors.keys() != set(names) or any(
+            t.ndim != 1 or t.dtype != torch.int64 for t in tensors.values()
+        ):
+            raise CheckpointError(f"{self.folder / HELD_OUT} holds no windows; profile anew")
+        return TokenWindows(tuple(tensors[name] for name in names))
 
     def _read_block(self, block: int) -> dict[str, Tensor]:
         name = block_file(block)
@@ -254,7 +276,7 @@ def write_tensors(folder: Path, name: str, tensors: dict[str, Tensor]) -> dict[s
     again = load_file(folder / name)
     if any(not torch.equal(tensor, again[key]) for key, tensor in tensors.items()):
         raise CheckpointError(f"{name} does not read back as it was written")
-    return {name: _sha256(folder / name)}
+    return {name: file_hash(folder / name)}
 
 
 def write_manifest(folder: Path, manifest: ProfileManifest) -> None:
@@ -296,6 +318,10 @@ def read_profile(folder: str | Path) -> Profile:
         {x.name: _named(tensors, f"{x.name}.{what}", folder) for x in manifest.linears}
         for what in ("singular_values", "measured_losses")
     )
+    for x in manifest.linears:
+        values, losses = spectra[x.name], measured[x.name]
+        if len(values) != min(x.out_features, x.in_features) or len(losses) > len(values) + 1:
+            raise CheckpointError(f"{folder / SPECTRA}: {x.name} has a spectrum of another linear")
     names = (x.name for x in manifest.linears)
     changes = {n: tensors[f"{n}.changes"] for n in names if f"{n}.changes" in tensors}
     return Profile(folder, manifest, spectra, measured, changes)
@@ -328,12 +354,14 @@ def _what_is_wrong(error: ValidationError) -> str:
 
 def _seal(folder: Path) -> str:
     """Hash of the manifest, in the format of ``sha256sum``."""
-    return f"{_sha256(folder / MANIFEST)}  {MANIFEST}\n"
+    return f"{file_hash(folder / MANIFEST)}  {MANIFEST}\n"
 
 
 def _named(tensors: dict[str, Tensor], name: str, folder: Path) -> Tensor:
     if name not in tensors:
         raise CheckpointError(f"{folder / SPECTRA} lacks {name}")
+    if tensors[name].ndim != 1 or tensors[name].dtype != torch.float64:
+        raise CheckpointError(f"{folder / SPECTRA}: {name} is no list of numbers")
     return tensors[name]
 
 
@@ -343,14 +371,9 @@ def _read(folder: Path, name: str, manifest: ProfileManifest) -> dict[str, Tenso
     if not path.is_file():
         raise CheckpointError(f"{folder} lacks {name}; profile anew")
     try:
-        if _sha256(path) != manifest.files.get(name):
+        if file_hash(path) != manifest.files.get(name):
             raise CheckpointError(f"{path} is damaged: it is not what was written; profile anew")
         tensors: dict[str, Any] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     return tensors
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

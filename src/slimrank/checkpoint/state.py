@@ -1,8 +1,9 @@
-"""What is finished of a sequential run, kept beside its output so that the run can be resumed.
+"""What is finished of a run, kept beside its output so that the run can be resumed.
 
 The folder holds a manifest, and of each finished block two files (see `finished`). Every file is
 written under a passing name, brought to the disk and renamed, so a run that is killed at any moment
-leaves a folder that can be resumed.
+leaves a folder that can be resumed. A profile that the ranks are chosen from may lie there too, and
+what is only passing: names with a dot in front, which the next run removes.
 """
 
 import shutil
@@ -21,32 +22,26 @@ from slimrank.checkpoint.durable import (
     read_sealed,
     remove_passing,
     sealed,
-    sync_folder,
     write_durably,
 )
 from slimrank.checkpoint.finished import (
     FinishedBlock,
+    files_of,
     read_all_finished,
     read_tensors,
-    remove_finished,
     write_finished,
 )
-from slimrank.checkpoint.manifest import RunManifest
+from slimrank.checkpoint.manifest import RunManifest, require_same
+from slimrank.checkpoint.unfinished import (
+    UNFINISHED,
+    new_state_folder,
+    remove_state_folder,
+    state_folder,
+)
 from slimrank.errors import CheckpointError
-from slimrank.report import BlockReport, LinearReport
+from slimrank.report import BlockReport, LinearReport, RanksReport
 
-MANIFEST = "run.json"
-
-
-def state_folder(out: Path) -> Path:
-    """Name the folder in which an unfinished run is kept.
-
-    Examples
-    --------
-    >>> state_folder(Path("models/small")).as_posix()
-    'models/.small.unfinished'
-    """
-    return out.parent / f".{out.name}.unfinished"
+MANIFEST, PROFILE = "run.json", "profile"
 
 
 def has_run(out: Path) -> bool:
@@ -66,6 +61,36 @@ def require_no_run(out: Path) -> None:
         raise CheckpointError(
             f"an unfinished run is in {state_folder(out)}; go on with --resume, or delete it"
         )
+
+
+def removed_what_is_left(out: Path, recipe_fingerprint: str) -> bool:
+    """Remove the state of a run whose folder stands; tell whether there was one.
+
+    A run that is killed between the last two steps, name and removal, leaves both.
+
+    Parameters
+    ----------
+    out : Path
+    recipe_fingerprint : str
+        Of the report in the folder.
+
+    Raises
+    ------
+    CheckpointError
+        If another process works on it, the state is damaged, or the disk refuses.
+    """
+    folder = state_folder(out)
+    if not out.is_dir() or not folder.is_dir():
+        return False
+    with locked(folder, out):
+        if has_run(out):
+            manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
+            if manifest.recipe_fingerprint != recipe_fingerprint:
+                return False
+        elif any(path.name != LOCK for path in folder.iterdir()):
+            return False
+        remove_state_folder(folder, MANIFEST)
+    return True
 
 
 @final
@@ -105,12 +130,7 @@ class RunState:
             If there is an unfinished run, another process works on it, or the disk refuses.
         """
         folder = state_folder(out)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(folder.parent)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
-        with locked(folder, out) as lock:
+        with new_state_folder(out) as lock:
             require_no_run(out)
             remove_passing(folder)
             if any(path.name != LOCK for path in folder.iterdir()):
@@ -143,6 +163,7 @@ class RunState:
                 )
             manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
             remove_passing(folder)
+            _remove_passing_folders(folder)
             finished = read_all_finished(folder)
             return cls(folder, manifest, finished, lock.pop_all())
 
@@ -153,6 +174,7 @@ class RunState:
         model_fingerprint: str,
         calibration_fingerprint: str,
         dtype: str,
+        profile_fingerprint: str = "",
     ) -> None:
         """See that what is to go on is what was begun.
 
@@ -161,25 +183,98 @@ class RunState:
         CheckpointError
             With all that differs, in one line.
         """
+        manifest = self.manifest
         pairs = {
-            "recipe": (self.manifest.recipe_fingerprint, recipe_fingerprint),
-            "model": (self.manifest.model_fingerprint, model_fingerprint),
-            "calibration text": (self.manifest.calibration_fingerprint, calibration_fingerprint),
-            f"dtype ({self.manifest.dtype}, not {dtype})": (self.manifest.dtype, dtype),
+            "recipe": (manifest.recipe_fingerprint, recipe_fingerprint),
+            "model": (manifest.model_fingerprint, model_fingerprint),
+            "calibration text": (manifest.calibration_fingerprint, calibration_fingerprint),
+            "dtype": (manifest.dtype, dtype),
+            "profile": (manifest.profile_fingerprint, profile_fingerprint),
         }
-        others = [name for name, (begun, now) in pairs.items() if begun != now]
-        if others:
+        begun, now = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+        require_same(self.folder, "run", begun, now)
+
+    @property
+    def profile(self) -> Path:
+        """Where the profile is kept that ranks are chosen from, and factors are made from."""
+        return self.folder / PROFILE
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing is finished that would be work to do again."""
+        folders = (self.profile, state_folder(self.profile))
+        return not (self.finished or self.manifest.allocation or any(x.exists() for x in folders))
+
+    def settle(
+        self,
+        ranks: Mapping[str, int | None],
+        allocation: RanksReport | None,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        """Keep the ranks that were chosen. They count once this returns.
+
+        Parameters
+        ----------
+        ranks : mapping of str to int or None
+        allocation : RanksReport or None
+        warnings : sequence of str
+            Given while they were chosen.
+
+        Raises
+        ------
+        CheckpointError
+            If the disk is full or refuses.
+        """
+        chosen = {"ranks": dict(ranks), "allocation": allocation, "warnings": tuple(warnings)}
+        manifest = self.manifest.model_copy(update=chosen)
+        write_durably(self.folder, MANIFEST, sealed(manifest))
+        self.manifest = manifest
+
+    def settle_generated(self, fingerprint: str) -> None:
+        """Keep of which generated sequences the run is, or see that it is of these.
+
+        Parameters
+        ----------
+        fingerprint : str
+            Of their token ids.
+
+        Raises
+        ------
+        CheckpointError
+            If something is finished that is of others, or the disk is full or refuses.
+        """
+        begun = self.manifest.generated_fingerprint
+        if begun == fingerprint:
+            return
+        if begun and not self.is_bare:
             raise CheckpointError(
-                f"the unfinished run in {self.folder} was begun with another {', '.join(others)}; "
-                "give what it was begun with, or delete it"
+                f"the unfinished run in {self.folder} was begun with other generated sequences; go "
+                "on where, and with the --batch-size, it was begun, or delete it"
             )
+        manifest = self.manifest.model_copy(update={"generated_fingerprint": fingerprint})
+        write_durably(self.folder, MANIFEST, sealed(manifest))
+        self.manifest = manifest
+
+    def drop_profile(self) -> None:
+        """Delete the profile, where factors are not made from it.
+
+        Raises
+        ------
+        CheckpointError
+            If the disk refuses.
+        """
+        try:
+            if self.profile.exists():
+                shutil.rmtree(self.profile)
+        except OSError as error:
+            raise CheckpointError(f"cannot remove {self.profile}: {error.strerror}") from error
 
     def save(
         self,
         index: int,
         tensors: Mapping[str, Tensor],
         linears: Sequence[LinearReport],
-        block: BlockReport,
+        block: BlockReport | None = None,
         warnings: Sequence[str] = (),
     ) -> None:
         """Keep the next block. It counts as finished once this returns.
@@ -191,7 +286,8 @@ class RunState:
         tensors : mapping of str to Tensor
             On any device, empty and shared ones included; shared ones are stored twice.
         linears : sequence of LinearReport
-        block : BlockReport
+        block : BlockReport, optional
+            Of a sequential run.
         warnings : sequence of str
 
         Raises
@@ -225,15 +321,9 @@ class RunState:
         CheckpointError
             If the disk refuses.
         """
+        backwards = [name for entry in reversed(self.finished) for name in files_of(entry)]
         try:
-            for entry in reversed(self.finished):  # cut off here, what is left can be resumed
-                remove_finished(self.folder, entry)
-            (self.folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(self.folder)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot remove {self.folder}: {error.strerror}; delete it by hand"
-            ) from error
+            remove_state_folder(self.folder, MANIFEST, backwards)
         finally:
             self.close()
 
@@ -251,3 +341,13 @@ class RunState:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _remove_passing_folders(folder: Path) -> None:
+    """Remove what a killed process left of folders; not an unfinished profile."""
+    try:
+        for path in folder.glob(".*"):
+            if path.is_dir() and path.suffix != UNFINISHED:
+                shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error

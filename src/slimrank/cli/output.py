@@ -3,6 +3,7 @@
 import functools
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import slimrank
-from slimrank.errors import SlimrankError, SlimrankWarning
+from slimrank.errors import SlimrankError, SlimrankWarning, in_one_line
 from slimrank.report import SizeReport
 
 P = ParamSpec("P")
@@ -30,16 +31,21 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 stderr = Console(stderr=True, highlight=False)
+ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+REPEATS = 5.0  # seconds in which schedulers send SIGTERM again
 
 
 def friendly(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn our errors and those of the disk into one line and exit code 1."""
+    """Turn our errors and those of the disk into one line and exit code 1.
+
+    Ctrl-C is one line and exit code 130, SIGTERM one line and 143.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        with warnings.catch_warnings(), _terminates_cleanly():
+        with warnings.catch_warnings(), _ends_cleanly() as received:
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", SlimrankWarning)
             warnings.showwarning = _show_warning
@@ -49,12 +55,35 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
                 _say("error", str(error))
             except OSError as error:
                 _say("error", f"{error.filename or 'the disk'}: {error.strerror or error}")
-            except KeyboardInterrupt:
-                _say("interrupted", "nothing was written")
-                raise typer.Exit(130) from None
+            except KeyboardInterrupt as error:
+                number = received[0] if received else signal.SIGINT
+                _say(ENDED[number], str(error) or "nothing was kept")
+                raise typer.Exit(128 + number) from None
         raise typer.Exit(1)
 
     return wrapped
+
+
+@contextmanager
+def says_what_is_kept(how: Callable[[], str | None]) -> Iterator[None]:
+    """Around work that can be gone on with: what to say of it if it is interrupted.
+
+    Parameters
+    ----------
+    how : callable
+        Gives one line, or None if nothing is kept.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        line = how()
+        raise KeyboardInterrupt(*([] if line is None else [line])) from None
+
+
+def say_if_it_begins(resume: bool, is_kept: bool) -> None:
+    """Say that a run which may go on with an earlier one finds none."""
+    if resume and not is_kept:
+        _say("note", "nothing is kept of an earlier run; this one begins at the start")
 
 
 def print_json(text: str) -> None:
@@ -74,8 +103,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
-    Console(highlight=False, width=None if sys.stdout.isatty() else 110).print(table)
+        table.add_row(*(in_one_line(str(cell)) for cell in row))
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def track(steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -130,7 +159,7 @@ def version_option(
 
 
 def _say(kind: str, message: str) -> None:
-    typer.echo(f"{kind}: {' '.join(message.split())}", err=True)
+    typer.echo(f"{kind}: {in_one_line(message)}", err=True)
 
 
 def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
@@ -138,18 +167,33 @@ def _show_warning(message: Warning | str, *_args: Any, **_kwargs: Any) -> None:
 
 
 @contextmanager
-def _terminates_cleanly() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, so that nothing half-written remains."""
+def _ends_cleanly() -> Iterator[list[signal.Signals]]:
+    """Let SIGTERM end a run as Ctrl-C does, so that nothing half-written remains.
 
-    def interrupt(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
+    Gives the signals that ended it. A SIGTERM within seconds of one changes nothing: schedulers
+    send several.
+    """
+    received: list[signal.Signals] = []
+    last = 0.0
 
+    def interrupt(number: int, _frame: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if number == signal.SIGINT or not received or now - last > REPEATS:
+            received.append(signal.Signals(number))
+            last = now
+            raise KeyboardInterrupt
+
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # of a job in the background
+    numbers = [signal.SIGTERM] if ignored else list(ENDED)
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = {number: signal.signal(number, interrupt) for number in numbers}
     except ValueError:  # not the main thread: signals are not ours to handle
-        yield
+        yield received
         return
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            # None: it was set outside of Python, and cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -5,11 +5,22 @@ from typing import Annotated
 
 import typer
 
+from slimrank.checkpoint.profile_state import has_unfinished_profile
 from slimrank.cli import options as opt
-from slimrank.cli.output import friendly, print_json, print_table, stderr, track
+from slimrank.cli.output import (
+    friendly,
+    print_json,
+    print_table,
+    say_if_it_begins,
+    says_what_is_kept,
+    stderr,
+    track,
+)
 from slimrank.options import CompressionOptions
 from slimrank.planning import plan_profile
 from slimrank.profiling import profile
+
+GO_ON = "finished blocks are kept; go on: slimrank profile … --resume"
 
 
 @friendly
@@ -44,6 +55,8 @@ def profile_command(
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     batch_size: opt.BatchSize = None,
+    stream: opt.Stream = False,
+    resume: opt.ResumeProfile = False,
     recipe: opt.Recipe = None,
     json: opt.Json = False,
 ) -> None:
@@ -65,8 +78,18 @@ def profile_command(
     size = plan_profile(model, wanted, kv, spectra_only)
     less = "" if spectra_only else "; --spectra-only keeps less"
     stderr.print(f"the profile will take about {size / 1e9:.3f} GB{less}")
-    how = CompressionOptions(device=device, batch_size=batch_size, track=track)
-    found = profile(model, wanted, out, for_kv_cache=kv, spectra_only=spectra_only, options=how)
+    how = CompressionOptions(device=device, batch_size=batch_size, track=track, stream=stream)
+    say_if_it_begins(resume, has_unfinished_profile(out) or out.exists())
+    with says_what_is_kept(lambda: GO_ON if has_unfinished_profile(out) else None):
+        found = profile(
+            model,
+            wanted,
+            out,
+            for_kv_cache=kv,
+            spectra_only=spectra_only,
+            options=how,
+            resume=resume,
+        )
     manifest = found.manifest
     if json:
         print_json(manifest.model_dump_json(indent=1))

@@ -17,8 +17,8 @@ from slimrank.frontier.dense import DenseModel, Fingerprints
 from slimrank.frontier.int8 import quantize_linears, round_low_rank
 from slimrank.frontier.store import ResultStore
 from slimrank.options import CompressionOptions
-from slimrank.profiling import profile
-from slimrank.recipe import BudgetRecipe, CompressionRecipe, RefineRecipe, SwiftRecipe
+from slimrank.profiling import profile, served_alike
+from slimrank.recipe import CompressionRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +101,7 @@ def served_by_profile(recipe: CompressionRecipe) -> CompressionRecipe | None:
     is_built = wanted == recipe and not recipe.is_sequential
     if not recipe.is_of_text_alone or (not is_built and recipe.allocation == "uniform"):
         return None
-    plain: dict[str, Any] = {
-        "budget": BudgetRecipe(param_ratio=1.0),
-        "within_block": "fixed",
-        "order": None,
-        "refine": RefineRecipe(),
-        "tune": None,
-    }
-    if recipe.allocation == "swift":
-        plain |= {"allocation": "uniform", "swift": SwiftRecipe()}
-    return wanted.model_copy(update=plain)
+    return served_alike(wanted)
 
 
 def linear_bytes(model: nn.Module, names: Iterable[str]) -> int:
@@ -143,7 +134,12 @@ def _compress(
         opened, folder = store.read_profile(key), store.profile_folder(key)
         if opened is None:
             opened = profile(
-                dense.model, served, folder, tokenizer=dense.tokenizer, options=options
+                dense.model,
+                served,
+                folder,
+                tokenizer=dense.tokenizer,
+                options=options,
+                resume=True,
             )
         phases = {f"profile: {name}": s for name, s in opened.manifest.seconds.items()}
     model = copy.deepcopy(dense.model)

@@ -1,15 +1,13 @@
 """A block that is finished: from disk into the model, and both streams past it."""
 
 import copy
-import warnings
 from typing import Any
 
 from slimrank.allocation import RankPlan
 from slimrank.calibration import BlockPair, Streams, pass_original, pass_shifted, step_forward
 from slimrank.checkpoint import RunState
-from slimrank.errors import CheckpointError, NumericalWarning
-from slimrank.model import replace_linear
-from slimrank.nn import LowRankLinear
+from slimrank.errors import CheckpointError
+from slimrank.keeping import fill_block
 from slimrank.sequential.walked import Walk
 
 
@@ -44,22 +42,11 @@ def resume_block(
     module = model.get_submodule(path)
     pair = BlockPair(index, path, copy.deepcopy(module), module)
     pass_original(pair, (), frozenset(), streams)
-    finished = state.finished[index]
-    for report in finished.linears:
-        if report.rank is not None:
-            linear = model.get_submodule(report.name)
-            layer = LowRankLinear.unfilled(linear, report.rank, pivoted=report.pivoted)
-            replace_linear(model, report.name, layer)
-    try:
-        module.load_state_dict(state.load(index))
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"block {index} of the unfinished run does not fit: {error}"
-        ) from error
+    finished = fill_block(state, model, index, path)
+    if finished.block is None:
+        raise CheckpointError(f"block {index} in {state.folder} is of a run in one-shot order")
     pass_shifted(pair, (), streams)
     walk.linears |= {report.name: report for report in finished.linears}
     walk.ranks = RankPlan({**walk.ranks.ranks, **{r.name: r.rank for r in finished.linears}})
     walk.blocks.append(finished.block)
-    for message in finished.warnings:
-        warnings.warn(message, NumericalWarning, stacklevel=2)
     step_forward(streams)

@@ -8,7 +8,8 @@ from slimrank.blockwise import dense_report
 from slimrank.calibration import RestOfModel, Streams, keep_final, step_forward
 from slimrank.checkpoint import RunState
 from slimrank.environment import Clock, gathered_warnings
-from slimrank.model import Anatomy
+from slimrank.keeping import keep_block
+from slimrank.model import Anatomy, let_go
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
 from slimrank.sequential.block import BlockInTurn
@@ -90,10 +91,8 @@ def factorise_in_sequence(
             block.compress(fixed)
         for phase, seconds in block.clock.seconds.items():
             clock.seconds[phase] = clock.seconds.get(phase, 0.0) + seconds
-        if state is not None:
-            with clock.phase("write"):
-                tensors = model.get_submodule(path).state_dict()
-                reports = [walk.linears[site.name] for site in block.sites]
-                state.save(index, tensors, reports, walk.blocks[-1], messages)
+        reports = [walk.linears[site.name] for site in block.sites]
+        keep_block(state, model, index, path, reports, clock, walk.blocks[-1], messages)
+        let_go(model.get_submodule(path))
         step_forward(streams)
     return walk

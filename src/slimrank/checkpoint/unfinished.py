@@ -1,0 +1,99 @@
+"""The folder beside an output in which what is unfinished is kept: begun, and removed."""
+
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from slimrank.checkpoint.durable import LOCK, locked, sync_folder
+from slimrank.errors import CheckpointError
+
+UNFINISHED = ".unfinished"
+
+
+def state_folder(out: Path) -> Path:
+    """Name the folder in which an unfinished run is kept.
+
+    Examples
+    --------
+    >>> state_folder(Path("models/small")).as_posix()
+    'models/.small.unfinished'
+    """
+    return out.parent / f".{out.name}{UNFINISHED}"
+
+
+@contextmanager
+def new_state_folder(out: Path) -> Iterator[ExitStack]:
+    """Make the folder and give its lock; if what follows fails, an empty one does not stay.
+
+    Parameters
+    ----------
+    out : Path
+        The folder is `state_folder` of it.
+
+    Raises
+    ------
+    CheckpointError
+        If another process works on it, or the disk refuses.
+    """
+    folder = state_folder(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+        with locked(folder, out) as lock:
+            try:
+                yield lock
+            except CheckpointError:
+                _remove_if_empty(folder)
+                raise
+    except (CheckpointError, OSError) as error:
+        with suppress(OSError):  # it holds something, or is gone
+            folder.rmdir()
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove empty folders in it, and the lock if that is all that is left."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            with suppress(OSError):
+                path.rmdir()
+    if [path.name for path in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
+
+
+def remove_state_folder(folder: Path, manifest: str, first: Sequence[str] = ()) -> None:
+    """Delete a state whose lock is held; cut off in between, what is left is told for what it is.
+
+    Parameters
+    ----------
+    folder : Path
+    manifest : str
+        Name of the file that goes last but for the lock.
+    first : sequence of str
+        Names of files that go before all others, in this order.
+
+    Raises
+    ------
+    CheckpointError
+        If the disk refuses.
+    """
+    try:
+        for name in first:
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (manifest, LOCK):
+                path.unlink()
+        (folder / manifest).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY and not (folder / manifest).exists():
+            return  # another process, which waited for the lock, begins in it
+        raise CheckpointError(
+            f"cannot remove {folder}: {error.strerror}; delete it by hand"
+        ) from error
