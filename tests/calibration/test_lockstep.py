@@ -188,6 +188,7 @@ def test_the_original_pass_gives_the_moments_of_a_plain_run(family, make_model, 
         assert shown.energies == {}
         for sums, total, last in zip(shown.sums.values(), moments.total, moments.last, strict=True):
             found, found_last = sums.results()
+            last = last.moments()
             assert (found.tokens, found_last.tokens) == (total.tokens, last.tokens) == (192, 24)
             assert_near(found.original, total.original, MOMENT)
             assert_near(found_last.original, last.original, MOMENT)

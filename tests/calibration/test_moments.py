@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from slimrank import LowRankLinear, TokenWindows
-from slimrank.calibration import check_on_tokens, collect_moments, embed_batches, from_padded
+from slimrank.calibration import (
+    LastInputs,
+    check_on_tokens,
+    collect_moments,
+    embed_batches,
+    from_padded,
+)
 from slimrank.errors import NumericalError
 from slimrank.linalg import Moments, decompose_outputs
 from slimrank.model import discover
@@ -108,12 +114,12 @@ def test_hidden_states_move_on_and_the_last_batch_is_kept_apart(make_model, wind
     moments = collect_moments(model, block, 0, anatomy.groups[0], batches)
     assert all(not torch.equal(a.hidden, b.hidden) for a, b in zip(before, batches, strict=True))
     last = before[-1].hidden.shape[0] * before[-1].hidden.shape[1]
-    assert {m.tokens for m in moments.last} == {last}
+    assert {m.moments().tokens for m in moments.last} == {last}
     assert {m.tokens for m in moments.total} == {windows.tokens}
     alone = [before[-1]]
     again = collect_moments(model, block, 0, anatomy.groups[0], alone)
     for left, right in zip(moments.last, again.total, strict=True):
-        assert torch.equal(left.original, right.original)
+        assert torch.equal(left.moments().original, right.original)
 
 
 def test_hooks_are_removed(make_model, windows):
@@ -159,7 +165,7 @@ def checked(make_model, windows):
     replacements = {}
     for name, moment in by_name.items():
         linear = model.get_submodule(name)
-        factors = decompose_outputs(linear.weight, moment.original).truncate(6)
+        factors = decompose_outputs(linear.weight, moment.moments().original).truncate(6)
         replacements[name] = LowRankLinear.from_factors(linear, factors)
     return model, block, entering, replacements, by_name
 
@@ -173,15 +179,15 @@ def test_right_moments_pass_the_check_on_tokens(checked):
     assert not any(isinstance(m, LowRankLinear) for m in model.modules())
 
 
-@pytest.mark.parametrize("wrong", ["scaled", "miscounted", "swapped"])
+@pytest.mark.parametrize("wrong", ["scaled", "a token lost", "swapped"])
 def test_wrong_moments_do_not(checked, wrong):
     model, block, entering, replacements, moments = checked
     name = "model.layers.0.mlp.up_proj"
     true = moments[name]
     if wrong == "scaled":
-        false = Moments(true.original * 1.02, true.tokens)
-    elif wrong == "miscounted":
-        false = Moments(true.original, true.tokens + 1)
+        false = LastInputs(true.features, [1.01 * inputs for inputs in true.inputs])
+    elif wrong == "a token lost":
+        false = LastInputs(true.features, [inputs[:, 1:] for inputs in true.inputs])
     else:
         false = moments["model.layers.0.self_attn.o_proj"]
     with pytest.raises(NumericalError, match=rf"{name}: the error on the tokens"):

@@ -23,7 +23,7 @@ from slimrank.calibration.lockstep import (
     step_forward,
 )
 from slimrank.calibration.magnitudes import collect_magnitudes
-from slimrank.calibration.moments import BlockMoments, check_on_tokens, collect_moments
+from slimrank.calibration.moments import BlockMoments, LastInputs, check_on_tokens, collect_moments
 from slimrank.calibration.replay import (
     Batch,
     after_blocks,
@@ -65,6 +65,7 @@ __all__ = [
     "BlockMoments",
     "BlockPair",
     "GroupSums",
+    "LastInputs",
     "OriginalPass",
     "RestOfModel",
     "Streams",

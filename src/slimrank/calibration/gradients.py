@@ -19,7 +19,7 @@ from slimrank.calibration.replay import call_block
 from slimrank.calibration.store import ActivationStore, stacked
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams, embed_streams
 from slimrank.calibration.windows import TokenWindows
-from slimrank.model import Anatomy
+from slimrank.model import Anatomy, let_go
 from slimrank.options import Track
 
 GRADIENT, METRIC, OUTPUT_METRIC, ROW_WEIGHTS = "gradient", "metric", "output_metric", "row_weights"
@@ -124,6 +124,7 @@ def collect_gradients(
         sums = BlockGradientSums(model, anatomy, index, weight_gradients, mean_gradients)
         _step_back(blocks[index], index, sums, streams)
         store.drop_kind(_entering(index))
+        let_go(blocks[index])
         yield sums.result(chosen.count, dtype)
     store.drop_kind(GRADIENT)
 

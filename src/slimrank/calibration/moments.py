@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from slimrank.calibration.hooks import Taker, inputs_of, taking_inputs
@@ -15,6 +16,24 @@ from slimrank.nn import LowRankLinear
 
 
 @dataclass(frozen=True, slots=True)
+class LastInputs:
+    """What a group received in the last batch: its moments are made when they are asked for.
+
+    They take as much memory as those of all batches, and are wanted for one linear at a time.
+    """
+
+    features: int
+    inputs: list[Tensor]
+
+    def moments(self) -> Moments:
+        """Over the last batch only, to hold against its tokens (see `check_on_tokens`)."""
+        accumulator = MomentAccumulator(self.features, _device(self.inputs))
+        for inputs in self.inputs:
+            accumulator.update(inputs)
+        return accumulator.result()
+
+
+@dataclass(frozen=True, slots=True)
 class BlockMoments:
     """Moments of each group of a block.
 
@@ -22,8 +41,8 @@ class BlockMoments:
     ----------
     total : tuple of Moments
         Over all batches.
-    last : tuple of Moments
-        Over the last batch only, to hold against its tokens (see `check_on_tokens`).
+    last : tuple of LastInputs
+        Of the last batch only.
     influence : float
         Of the block on all tokens (see `BlockInfluence`).
     influence_behind : float or None
@@ -31,7 +50,7 @@ class BlockMoments:
     """
 
     total: tuple[Moments, ...]
-    last: tuple[Moments, ...]
+    last: tuple[LastInputs, ...]
     influence: float
     influence_behind: float | None = None
 
@@ -67,11 +86,14 @@ def collect_moments(
     """
     device = next(block.parameters()).device
     total = [MomentAccumulator(group.in_features, device) for group in groups]
-    last = [MomentAccumulator(group.in_features, device) for group in groups]
+    last = tuple(LastInputs(group.in_features, []) for group in groups)
     influence, influence_behind = BlockInfluence(), BlockInfluence()
     for number in range(len(batches)):
-        sums = last if number == len(batches) - 1 else total
-        takers = {g.sites[0].name: _adder(g, s) for g, s in zip(groups, sums, strict=True)}
+        is_last = number == len(batches) - 1
+        takers = {
+            group.sites[0].name: _adder(group, sums, kept.inputs if is_last else None)
+            for group, sums, kept in zip(groups, total, last, strict=True)
+        }
         entering = batches[number].hidden
         with taking_inputs(model, takers):
             batches[number] = run_block(block, index, batches[number])
@@ -79,14 +101,19 @@ def collect_moments(
         states = behind(batches[number]) if behind else entering[..., :0]
         if states.shape == entering.shape:
             influence_behind.add(entering, states)
-    for accumulator, extra in zip(total, last, strict=True):
-        accumulator.merge(extra)
+    found: list[Moments] = []
+    while total:  # sums of the widest linears are the largest thing there is: let go one by one
+        found.append(total.pop(0).result())
     return BlockMoments(
-        total=tuple(a.result() for a in total),
-        last=tuple(a.result() for a in last),
+        total=tuple(found),
+        last=last,
         influence=influence.value,
         influence_behind=influence_behind.value if influence_behind.tokens else None,
     )
+
+
+def _device(inputs: Sequence[Tensor]) -> torch.device:
+    return inputs[0].device if inputs else torch.device("cpu")
 
 
 def check_on_tokens(
@@ -95,7 +122,7 @@ def check_on_tokens(
     index: int,
     batch: Batch,
     replacements: Mapping[str, LowRankLinear],
-    moments: Mapping[str, Moments],
+    last: Mapping[str, LastInputs],
 ) -> dict[str, float]:
     """Hold the moments against the tokens they came from.
 
@@ -110,8 +137,8 @@ def check_on_tokens(
     batch : Batch
         As it enters the block.
     replacements : mapping of str to LowRankLinear
-    moments : mapping of str to Moments
-        Of this very batch.
+    last : mapping of str to LastInputs
+        What each linear received in this very batch when its moments were summed.
 
     Returns
     -------
@@ -132,12 +159,13 @@ def check_on_tokens(
         run_block(block, index, batch)
     gaps: dict[str, float] = {}
     for name, replacement in replacements.items():
-        tokens = moments[name].tokens
+        moments = last[name].moments()
+        tokens = moments.tokens
         if tokens == 0:
             continue
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        expected = output_loss(weight, replacement.factors(), moments[name].original)
+        expected = output_loss(weight, replacement.factors(), moments.original)
         seen, energy = sums[name].error / tokens, sums[name].energy / tokens
         gaps[name] = gap_on_tokens(name, seen, expected, 1e-6 * energy)
     return gaps
@@ -166,9 +194,11 @@ def _measurer(linear: nn.Module, replacement: LowRankLinear, sums: _ErrorSums) -
     return measure
 
 
-def _adder(group: InputGroup, accumulator: MomentAccumulator) -> Taker:
+def _adder(group: InputGroup, accumulator: MomentAccumulator, kept: list[Tensor] | None) -> Taker:
     def add(inputs: Tensor) -> None:
         with inputs_of(group.sites[0].name):
             accumulator.update(inputs)
+        if kept is not None:
+            kept.append(inputs.detach().clone())
 
     return add

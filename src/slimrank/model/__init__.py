@@ -10,6 +10,7 @@ from slimrank.model.anatomy import (
 )
 from slimrank.model.attention import AttentionSite, find_attention
 from slimrank.model.fingerprint import weights_fingerprint
+from slimrank.model.mapped import copy_of, is_mapped, let_go, let_go_of, map_parameters
 from slimrank.model.surgery import matches, replace_linear, select_targets, split_fused
 
 __all__ = [
@@ -18,9 +19,14 @@ __all__ = [
     "InputGroup",
     "LinearSite",
     "block_path",
+    "copy_of",
     "discover",
     "find_attention",
+    "is_mapped",
+    "let_go",
+    "let_go_of",
     "list_sites",
+    "map_parameters",
     "matches",
     "replace_linear",
     "select_targets",

@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import nn
 
+from slimrank.model.mapped import let_go_of
+
 
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and values of all parameters, a tied one once.
@@ -27,4 +29,5 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         values = parameter.detach().cpu().contiguous().flatten()
         digest.update(values.view(torch.uint8).numpy().data)
+        let_go_of((parameter,))
     return digest.hexdigest()

@@ -8,11 +8,13 @@ from torch import nn
 
 from slimrank.errors import ModelError, RecipeError
 from slimrank.model.attention import AttentionSite
+from slimrank.model.mapped import let_go
 from slimrank.nn import SplitLinear
 
 
 def replace_linear(model: nn.Module, name: str, replacement: nn.Module) -> None:
     """Put a module in the place of the one with this dotted name."""
+    let_go(model.get_submodule(name))
     model.set_submodule(name, replacement)
 
 

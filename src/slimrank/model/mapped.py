@@ -1,0 +1,141 @@
+"""Weights that stay in their files: mapped, read where they are used, and let go of again.
+
+A mapped weight is an ordinary tensor. Its pages are read from the file when they are first touched
+and count as resident memory until `let_go`; touched again, they are read again. So a model of any
+size is worked on block by block, in code that knows nothing of it.
+"""
+
+import copy
+import ctypes
+import json
+import mmap
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import _TYPES as TYPES
+from torch import Tensor, nn
+
+from slimrank.errors import CheckpointError
+
+PAGES = "_pages"
+NO_RESERVE = (
+    0x4000  # of Linux: a file may be larger than memory and swap; Python has no name for it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """Where a parameter lies in its file, and what it was when it was mapped."""
+
+    file: mmap.mmap
+    start: int
+    length: int
+    address: int
+    version: int
+
+
+def map_parameters(path: Path) -> dict[str, nn.Parameter]:
+    """Map the tensors of a safetensors file whose header was checked before.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    dict of str to nn.Parameter
+        Without gradients. What is written to them stays in memory and never reaches the file.
+
+    Raises
+    ------
+    CheckpointError
+        If the system maps no such file.
+    """
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        mapped = _map_privately(file.fileno(), path)
+    header.pop("__metadata__", None)
+    found: dict[str, nn.Parameter] = {}
+    for name, entry in header.items():
+        first, end = (8 + size + offset for offset in entry["data_offsets"])
+        dtype, shape = TYPES[entry["dtype"]], entry["shape"]
+        assert isinstance(dtype, torch.dtype)
+        if first == end:
+            found[name] = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            continue
+        count = (end - first) // dtype.itemsize
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=first).view(shape)
+        parameter = nn.Parameter(tensor, requires_grad=False)
+        # whole pages only: what is left over belongs to neighbours too
+        start, stop = -(-first // mmap.PAGESIZE), end // mmap.PAGESIZE
+        place = start * mmap.PAGESIZE, max(0, stop - start) * mmap.PAGESIZE
+        pages = _Pages(mapped, *place, tensor.data_ptr(), parameter._version)
+        setattr(parameter, PAGES, pages)
+        found[name] = parameter
+    return found
+
+
+def _map_privately(number: int, path: Path) -> mmap.mmap:
+    """Map a file so that writes stay in memory, and count as memory only once they are made."""
+    try:
+        if sys.platform != "linux":
+            return mmap.mmap(number, 0, access=mmap.ACCESS_COPY)
+        flags, access = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(number, 0, flags=flags, prot=access)
+    except OSError as error:
+        raise CheckpointError(f"cannot map {path}: {error.strerror}") from error
+
+
+def let_go(module: nn.Module) -> None:
+    """Give back the memory that mapped weights of a module take; they are read again when touched.
+
+    Weights that are not mapped, or were written to since, stay as they are.
+    """
+    if let_go_of(module.parameters()):
+        _trim()
+
+
+def let_go_of(parameters: Iterable[Tensor]) -> bool:
+    """The same for some parameters; tell whether any of them was mapped."""
+    found = False
+    for parameter in parameters:
+        pages: _Pages | None = getattr(parameter, PAGES, None)
+        if pages is None or not hasattr(mmap, "MADV_DONTNEED"):
+            continue
+        is_as_mapped = (pages.address, pages.version) == (parameter.data_ptr(), parameter._version)
+        if is_as_mapped and pages.length:
+            pages.file.madvise(mmap.MADV_DONTNEED, pages.start, pages.length)
+            found = True
+    return found
+
+
+def _trim() -> None:
+    """Give freed memory back: glibc keeps large pieces for itself, other libraries do not."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy; mapped weights are shared, so neither copy may train them."""
+    shared = {id(p): p for p in model.parameters() if hasattr(p, PAGES)}
+    return copy.deepcopy(model, memo=dict(shared))
+
+
+def is_mapped(model: nn.Module) -> bool:
+    """Whether any weight is."""
+    return any(hasattr(parameter, PAGES) for parameter in model.parameters())
