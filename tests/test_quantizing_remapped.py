@@ -195,7 +195,7 @@ def test_what_reads_version_2_refuses_the_folder(remapped_folder):
         ({"out_features": 0}, rf"{NAME}\.remapped\.out_features"),
         ({"in_features": 32.0}, rf"{NAME}\.remapped\.in_features"),
         ({"in_features": 31}, f"{NAME} is 48 by 31, the model that it is 48 by 32"),
-        ({"out_features": 10**30}, f"{NAME} is 1000000000"),
+        ({"out_features": 10**9}, f"{NAME} is 1000000000"),
         ({"rows": 3}, rf"{NAME}\.remapped\.rows"),
     ],
 )
@@ -226,7 +226,7 @@ def test_other_entries_that_do_not_fit(remapped, change, message):
         slimrank.load(remapped)
 
 
-@pytest.mark.parametrize("change", [{"rank": 1}, {"out_features": 10**30}])
+@pytest.mark.parametrize("change", [{"rank": 1}, {"out_features": 10**9}])
 def test_read_folder_refuses_them_without_the_model(remapped, change):
     def edit(config):
         entry = config["linears"][NAME]

@@ -1,21 +1,12 @@
 """A run that was cut off anywhere goes on to the folder that an unbroken run writes."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-import warnings
-from pathlib import Path
-
 import pytest
 import torch
 
 import slimrank
 from interrupted import assert_same_folder, blocks_kept, cut_off, stopping
 from slimrank import CompressionOptions, TokenWindows, compress
-from slimrank.checkpoint.state import MANIFEST, state_folder
+from slimrank.checkpoint.state import state_folder
 from slimrank.errors import CheckpointError, NumericalWarning, RecipeError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -291,54 +282,3 @@ def test_blocks_that_do_not_fit_are_refused(start, out, monkeypatch):
     monkeypatch.setattr("slimrank.checkpoint.RunState.load", load)
     with pytest.raises(CheckpointError, match="block 0 of the unfinished run does not fit"):
         start(resume=True)
-
-
-def killed_runs(arguments, out, moments):
-    """Kill a run at each moment after it has begun to keep blocks; say how often it was alive."""
-    alive = 0
-    for moment in moments:
-        process = subprocess.Popen(
-            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-        )
-        while process.poll() is None and not (state_folder(out) / MANIFEST).exists():
-            time.sleep(0.01)
-        started = blocks_kept(out)
-        while process.poll() is None and blocks_kept(out) == started > 0:
-            time.sleep(0.01)
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        alive += process.wait() == -signal.SIGKILL
-    return alive
-
-
-ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(Path(slimrank.__file__).parent.parent),
-}
-
-
-def test_sigkill_at_any_moment(dense_folder, text_file, out, tmp_path_factory):
-    """In processes of their own, through the command line, and the other run in this one."""
-    flags = ["--keep", "0.5", "--method", "aa-svd", "--refine", "fast", "--num-sequences", "48"]
-    flags += ["--sequence-length", "48", "--calibration", str(text_file)]
-    command = [sys.executable, "-m", "slimrank", "compress", str(dense_folder)]
-    generator = random.Random(5)
-    moments = [generator.uniform(0, 0.6) for _ in range(3)]
-    assert killed_runs([*command, str(out), *flags, "--resume"], out, moments) == 3
-    done = subprocess.run(
-        [*command, str(out), *flags, "--resume"],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [path.name for path in out.parent.iterdir()] == ["small"]
-    expected = tmp_path_factory.mktemp("unbroken") / "small"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumericalWarning)
-        compress(
-            dense_folder, slimrank.CompressionRecipe.from_file(out / "recipe.yaml"), out=expected
-        )
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (out, expected)]
-    assert weights[0] == weights[1]

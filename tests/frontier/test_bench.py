@@ -165,5 +165,5 @@ def test_a_budget_that_is_no_mapping():
 
 def test_aliases_of_a_benchmark_are_not_written_out():
     lines = [f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}, *a{n}]" for n in range(30)]
-    with pytest.raises(RecipeError, match="over 50000 values; it is not a benchmark"):
+    with pytest.raises(RecipeError, match="over 100000 values; it is not a benchmark"):
         BenchRecipe.from_yaml("\n".join(["a0: &a0 [x]", *lines]))

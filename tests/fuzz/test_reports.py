@@ -116,19 +116,19 @@ def show(folder, content):
             right_or_refused(lambda: read_depths([folder]), folder)
 
 
-@examples(40)
+@examples(20)
 @given(tree=mutated(REPORT.model_dump(mode="json")))
 def test_changed_reports(folder, tree):
     show(folder, as_json(tree))
 
 
-@examples(25)
+@examples(12)
 @given(content=spoiled(REPORT.model_dump_json().encode()))
 def test_spoiled_reports(folder, content):
     show(folder, content)
 
 
-@examples(40)
+@examples(20)
 @given(tree=mutated(QUANTIZATION.model_dump(mode="json")))
 def test_changed_quantisations(folder, tree):
     path = folder / "quantize.json"
@@ -138,14 +138,14 @@ def test_changed_quantisations(folder, tree):
         assert found.line()
 
 
-@examples(16)
+@examples(10)
 @given(content=spoiled(QUANTIZATION.model_dump_json().encode()))
 def test_spoiled_quantisations(folder, content):
     (folder / "quantize.json").write_bytes(content)
     right_or_refused(lambda: read_quantization(folder), folder)
 
 
-@examples(40)
+@examples(20)
 @given(tree=mutated(FRONTIER))
 def test_changed_frontiers(tmp_path_factory, folder, tree):
     place = folder / "frontier"
@@ -156,7 +156,7 @@ def test_changed_frontiers(tmp_path_factory, folder, tree):
         assert "<script" not in render(shown)
 
 
-@examples(16)
+@examples(10)
 @given(content=spoiled(json.dumps(FRONTIER).encode()))
 def test_spoiled_frontiers(folder, content):
     place = folder / "frontier"
@@ -165,7 +165,7 @@ def test_spoiled_frontiers(folder, content):
     right_or_refused(lambda: render(read_shown(place)), place)
 
 
-@examples(16)
+@examples(10)
 @given(tree=mutated(REPORT.model_dump(mode="json")))
 def test_commands_on_changed_reports(folder, tree):
     (folder / "report.json").write_bytes(as_json(tree))
