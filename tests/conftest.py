@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,12 @@ from slimrank.checkpoint import Profile
 from tiny import models as TINY
 
 torch.set_num_threads(1)  # matrices this small run no faster on more
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start, also from a run in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
