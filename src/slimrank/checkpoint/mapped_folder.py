@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
-from slimrank.checkpoint.loading import LOAD_ERRORS
+from slimrank.checkpoint.foreign import told_as
 from slimrank.checkpoint.quantizer import LowRankQuantizer, check_files, swap_in
 from slimrank.checkpoint.size import as_saved, read_headers, saved_tensors
 from slimrank.checkpoint.sound import own_weight_files, require_sound
@@ -52,12 +52,11 @@ def load_mapped(folder: Path, dtype: str = "auto") -> Any:
     files = own_weight_files(folder)
     stored = next((t.dtype for t in read_headers(files).values() if t.is_floating_point()), None)
     wanted = (config.dtype or stored) if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        line = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"cannot load {folder}: {line}") from error
+    with (
+        told_as(CheckpointError, f"cannot load {folder}"),
+        init_empty_weights(include_buffers=False),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=False)
     if getattr(model, "_keep_in_fp32_modules", None):
         raise _otherwise(folder, "the model keeps some weights in float32")
     low_rank = _low_rank_config(folder, config)

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from slimrank.errors import CheckpointError
 
 PAGES = "_pages"
-NO_RESERVE = (
-    0x4000  # of Linux: a file may be larger than memory and swap; Python has no name for it
-)
+NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: files may be larger than memory and swap
 
 
 @dataclass(frozen=True, slots=True)
