@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 import slimrank
+from interrupted import timeless
 from slimrank import CompressionOptions, TokenWindows, profile
 from slimrank.checkpoint.durable import LOCK
 from slimrank.checkpoint.profile_state import MANIFEST, TO_BE, ProfileState
@@ -16,7 +17,6 @@ from slimrank.errors import CheckpointError, NumericalWarning
 from tiny.faults import Killed, killed
 
 BLOCKS = 3
-TIMES = ("seconds", "peak_bytes")
 FILE = {"bases": f"{TO_BE}/block-00001.safetensors", "spectra": "block-00001.spectra.safetensors"}
 FILE |= {"entry": "block-00000.json", "manifest": MANIFEST}
 
@@ -81,12 +81,6 @@ def stopping(after):
 def cut_off(start, after, **others):
     with pytest.raises(CutOff):
         start(stop=after, **others)
-
-
-def timeless(values):
-    if isinstance(values, dict):
-        return {key: timeless(x) for key, x in values.items() if key not in TIMES}
-    return [timeless(x) for x in values] if isinstance(values, list) else values
 
 
 def assert_same_profile(out, expected):
