@@ -1,18 +1,24 @@
 """A streamed model gives what the same model in memory gives, and holds one block at a time."""
 
+import gc
 import shutil
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import XLMConfig, XLMWithLMHeadModel
 
 from interrupted import CutOff, assert_same_folder, blocks_kept, stopping
 from slimrank import blockwise, compress, load, profile
-from slimrank.checkpoint import load_mapped, mapped_folder
+from slimrank.calibration import collect_moments, embed_batches, store
+from slimrank.checkpoint import load_mapped, mapped_folder, state_folder
 from slimrank.errors import CheckpointError, ModelError, RecipeError
-from slimrank.model import is_mapped
+from slimrank.model import block_path, copy_of, discover, is_mapped
 from slimrank.options import CompressionOptions
 from slimrank.source import load_model, map_model, parse_source
+from tiny.models import fill
 
 STREAM = CompressionOptions(stream=True)
 EXPERTS = ("mixtral", "qwen3_moe")  # their files hold experts one by one, the models all in one
@@ -86,6 +92,57 @@ def test_what_is_made_of_a_profile_is_the_same(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["profile", "streamed", "whole"]
 
 
+SPILLED = {
+    "uniform": {"method": "swift-svd", "allocation": "uniform"},
+    "by a profile, two passes": {"passes": 2},
+}
+
+
+@pytest.fixture
+def spilled(monkeypatch):
+    """Paths of all activations that were written."""
+    found, save = [], store.save_file
+
+    def seen(tensors, path):
+        found.append(path)
+        save(tensors, path)
+
+    monkeypatch.setattr(store, "save_file", seen)
+    return found
+
+
+@pytest.mark.parametrize("name", SPILLED)
+def test_hidden_states_on_disk_change_nothing(
+    name, spilled, make_folder, make_recipe, make_windows, tmp_path
+):
+    source, recipe = make_folder("qwen2"), make_recipe(0.6, **SPILLED[name])
+    options = CompressionOptions(memory=0, batch_size=3, stream=True)
+    for way, how in (("memory", replace(options, memory=None)), ("disk", options)):
+        assert not spilled
+        out = tmp_path / way / "small"
+        out.parent.mkdir()
+        compress(source, recipe, out=out, windows=make_windows(10), options=how)
+        assert [path.name for path in out.parent.iterdir()] == ["small"]
+    assert len(spilled) >= 2 * 4  # each of four batches, in front of each block
+    assert all(state_folder(out) in path.parents for path in spilled)
+    assert_same_folder(out, tmp_path / "memory" / "small")
+
+
+def test_hidden_states_of_a_profile_go_to_disk_too(
+    spilled, make_folder, make_recipe, make_windows, tmp_path
+):
+    source, recipe = make_folder("llama"), make_recipe(method="swift-svd")
+    for way, memory in (("memory", None), ("disk", 0)):
+        assert not spilled
+        options = CompressionOptions(memory=memory, batch_size=3)
+        profile(source, recipe, tmp_path / way, windows=make_windows(10), options=options)
+    assert len(spilled) >= 2 * 3
+    assert all(state_folder(tmp_path / "disk") in path.parents for path in spilled)
+    for file in sorted((tmp_path / "memory").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "disk" / file.name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "memory"]
+
+
 def cut_short():
     return CompressionOptions(stream=True, track=stopping(1))
 
@@ -150,6 +207,43 @@ def test_finished_blocks_stay_on_disk(
     assert kept == [True, True]
 
 
+def test_a_part_is_let_go_of_once_however_many_batches_pass_it(
+    monkeypatch, make_folder, make_windows
+):
+    model = load_mapped(make_folder("llama"))
+    anatomy = discover(model, torch.arange(12)[None])
+    batches = embed_batches(model, anatomy, make_windows(8), 2)
+    let_go, gone = mapped_folder.let_go, []
+    monkeypatch.setattr(mapped_folder, "let_go", lambda part: (gone.append(part), let_go(part)))
+    blocks = list(model.model.layers)
+    for index, block in enumerate(blocks):
+        collect_moments(model, block, index, anatomy.groups[index], batches)
+    assert len(batches) > 3
+    assert [blocks.index(part) for part in gone] == [1, 0]  # the last one had passed its input on
+    gone.clear()
+    for _ in range(2):
+        model(torch.arange(6)[None])
+    parts = [model.model.embed_tokens, *blocks, model.lm_head]
+    assert [parts.index(part) for part in gone] == [2, 0, 1, 2, 3, 0, 1, 2]
+
+
+def test_a_copy_takes_turns_with_its_model_and_does_not_hold_it(monkeypatch, make_folder, probe):
+    model = load_mapped(make_folder("llama"))
+    other, gone = copy_of(model), []
+    model(probe)
+    monkeypatch.setattr(mapped_folder, "let_go", gone.append)
+    other.model.embed_tokens(probe)
+    assert gone == [model.lm_head]
+    model.lm_head(torch.zeros(1, 32))
+    gone.clear()
+    last = weakref.ref(model.lm_head)
+    del model
+    gc.collect()
+    assert last() is None
+    other.model.embed_tokens(probe)
+    assert not gone
+
+
 def test_a_compressed_folder_is_streamed_too(compressed_folder, probe):
     streamed, whole = load_mapped(compressed_folder), load(compressed_folder, dtype="auto")
     assert is_mapped(streamed)
@@ -173,6 +267,20 @@ def test_several_shards_are_written_and_read(
     assert len(list(out.glob("model-*.safetensors"))) > 1
     assert (out / "model.safetensors.index.json").is_file()
     load(out)
+
+
+def test_a_model_with_several_lists_of_blocks(tmp_path, probe):
+    """Which of them a recipe means need not be known to leave them on disk."""
+    config = XLMConfig(vocab_size=96, emb_dim=32, n_layers=2, n_heads=4, causal=True)
+    with torch.random.fork_rng():
+        whole = XLMWithLMHeadModel(config).eval()
+    fill(whole)
+    whole.save_pretrained(tmp_path)
+    streamed = load_mapped(tmp_path)
+    with pytest.raises(ModelError, match=r"has several lists of blocks"):
+        block_path(streamed)
+    with torch.no_grad():
+        assert torch.equal(streamed(probe).logits, whole(probe).logits)
 
 
 def test_damage_is_named(make_folder, tmp_path):

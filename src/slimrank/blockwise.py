@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -10,9 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from slimrank import processes
 from slimrank.allocation import RankPlan
+from slimrank.apart import made_apart
 from slimrank.calibration import (
+    ActivationStore,
     Batch,
+    Batches,
     LastInputs,
     TokenWindows,
     after_blocks,
@@ -20,6 +24,7 @@ from slimrank.calibration import (
     collect_moments,
     default_batch_size,
     embed_batches,
+    own_windows,
 )
 from slimrank.checkpoint import RunState
 from slimrank.environment import Clock, gathered_warnings
@@ -32,6 +37,8 @@ from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.report import LinearReport
 from slimrank.statistics import Statistics
+
+Replacement = tuple[LowRankLinear, LinearReport]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,7 @@ def pass_blocks(
     windows: TokenWindows | None,
     options: CompressionOptions,
     clock: Clock,
+    store: ActivationStore,
     count: int,
     what: str,
     finished: int = 0,
@@ -90,9 +98,11 @@ def pass_blocks(
     anatomy : Anatomy
         Of the linears whose inputs are wanted.
     windows : TokenWindows or None
-        None if no moments are needed.
+        Of all processes, each of which takes its own; None if no moments are needed.
     options : CompressionOptions
     clock : Clock
+    store : ActivationStore
+        Holds the hidden states of all tokens until they have passed.
     count : int
         How many blocks.
     what : str
@@ -106,14 +116,16 @@ def pass_blocks(
         If an activation is not finite.
     ModelError
         If the model cannot be replayed block by block.
+    CheckpointError
+        If hidden states go to disk, and it is full.
     """
     blocks = list(model.get_submodule(anatomy.path).children())
-    batches: list[Batch] = []
+    batches = Batches(store)
     if windows:
         length = max(len(window) for window in windows.windows)
         size = options.batch_size or default_batch_size(length)
         with clock.phase("calibrate"):
-            batches = embed_batches(model, anatomy, windows, size)
+            batches = embed_batches(model, anatomy, own_windows(windows), size, store)
     for index in options.track(range(count), what):
         groups = anatomy.groups[index] if index >= finished else ()
         entering = batches[-1] if batches else None
@@ -132,6 +144,7 @@ def pass_blocks(
             index, blocks[index], groups, moments, last, entering, influence, after_norm
         )
         let_go(blocks[index])
+    batches.drop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +219,34 @@ def check_block(
     Returns
     -------
     dict of str to float
-        Relative gap by linear; empty without calibration.
+        Relative gap by linear, the largest of all processes; empty without calibration.
     """
     if passed.entering is None:
         return {}
     with clock.phase("check"):
-        return check_on_tokens(
+        gaps = check_on_tokens(
             model, passed.block, passed.index, passed.entering, replacements, passed.last
         )
+        return joint_gaps(gaps, list(replacements))
+
+
+def joint_gaps(gaps: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Largest gaps that any process has seen on its own tokens.
+
+    Parameters
+    ----------
+    gaps : mapping of str to float
+        By linear; one that saw no own tokens is left out.
+    names : sequence of str
+        Of all linears, the same in all processes.
+
+    Examples
+    --------
+    >>> joint_gaps({"fc": 1e-6}, ["fc", "expert"])
+    {'fc': 1e-06}
+    """
+    found = processes.largest([gaps.get(name, -1.0) for name in names])
+    return {name: gap for name, gap in zip(names, found, strict=True) if gap >= 0}
 
 
 def factorise_blocks(
@@ -225,6 +258,7 @@ def factorise_blocks(
     windows: TokenWindows | None,
     options: CompressionOptions,
     clock: Clock,
+    store: ActivationStore,
     statistics: Statistics | None = None,
     state: RunState | None = None,
 ) -> list[LinearReport]:
@@ -244,6 +278,8 @@ def factorise_blocks(
         None if the method needs no moments, or nothing is factorised.
     options : CompressionOptions
     clock : Clock
+    store : ActivationStore
+        For hidden states on their way.
     statistics : Statistics, optional
         What else the method looks at.
     state : RunState, optional
@@ -270,7 +306,7 @@ def factorise_blocks(
     finished = len(state.finished) if state else 0
     windows = windows if finished < count else None  # nothing is left to look at
     for passed in pass_blocks(
-        model, factored, windows, options, clock, count, "compressing", finished
+        model, factored, windows, options, clock, store, count, "compressing", finished
     ):
         path = f"{anatomy.path}.{passed.index}"
         if state is not None and passed.index < finished:
@@ -295,24 +331,55 @@ def _factorise_block(
     statistics: Statistics | None,
 ) -> list[LinearReport]:
     """Solve the linears of a block, hold them against tokens, and replace them."""
-    replacements: dict[str, LowRankLinear] = {}
-    reports: dict[str, LinearReport] = {}
-    for site in passed.sites:
+
+    def make(site: LinearSite) -> Replacement:
         rank = ranks.ranks[site.name]
         assert rank is not None
-        with clock.phase("solve"):
-            moments = passed.moments.get(site.name)
-            moments = statistics.of(site.name, moments) if statistics else moments
-            moments = moments.ridged(ridge) if moments else None
-            solved = solve(model, site, rank, method, moments)
-            replacements[site.name], reports[site.name] = truncate(
-                model, site, rank, solved, method
-            )
-    gaps = check_block(model, passed, replacements, clock)
-    for name, replacement in replacements.items():
-        replace_linear(model, name, replacement)
-        reports[name] = reports[name].model_copy(update={"token_check": gaps.get(name)})
-    return list(reports.values())
+        moments = passed.moments.get(site.name)
+        moments = statistics.of(site.name, moments) if statistics else moments
+        moments = moments.ridged(ridge) if moments else None
+        solved = solve(model, site, rank, method, moments)
+        return truncate(model, site, rank, solved, method)
+
+    with clock.phase("solve"):
+        made = replacements_apart(model, list(passed.sites), make)
+    gaps = check_block(model, passed, {name: layer for name, (layer, _) in made.items()}, clock)
+    for name, (layer, _) in made.items():
+        replace_linear(model, name, layer)
+    return [
+        report.model_copy(update={"token_check": gaps.get(name)})
+        for name, (_, report) in made.items()
+    ]
+
+
+def replacements_apart(
+    model: Any, sites: Sequence[LinearSite], make: Callable[[LinearSite], Replacement]
+) -> dict[str, Replacement]:
+    """Make the layers of some linears, each in one of the processes (see `made_apart`).
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Not changed.
+    sites : sequence of LinearSite
+    make : callable
+        Gives a layer and its report.
+    """
+
+    def pack(made: Replacement) -> tuple[str, dict[str, Tensor]]:
+        layer, report = made
+        tensors = {name: t for name, t in layer.state_dict().items() if name != "bias"}
+        return report.model_dump_json(), tensors
+
+    def unpack(site: LinearSite, text: str, tensors: Mapping[str, Tensor]) -> Replacement:
+        report, linear = LinearReport.model_validate_json(text), model.get_submodule(site.name)
+        assert report.rank is not None
+        layer = LowRankLinear.unfilled(linear, report.rank, pivoted=report.pivoted)
+        layer.load_state_dict(dict(tensors), strict=False)
+        layer.bias = linear.bias
+        return layer, report
+
+    return made_apart(sites, make, pack, unpack)
 
 
 def dense_report(site: LinearSite) -> LinearReport:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimrank import processes
 from slimrank.building import hold_against
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import (
@@ -50,6 +51,9 @@ def compress(
 ) -> CompressionReport:
     """Make a causal language model smaller by activation-aware low-rank factorisation.
 
+    Processes that torchrun has started, or that have joined a group of ``torch.distributed``, share
+    the work if all of them call this alike. The first one writes, and all get its report.
+
     Parameters
     ----------
     model : str, Path or PreTrainedModel
@@ -77,7 +81,7 @@ def compress(
     Raises
     ------
     SlimrankError
-        `RecipeError`, `BudgetError`, `TextError`, `ModelError`, `NumericalError` or
+        `RecipeError`, `BudgetError`, `TextError`, `ModelError`, `NumericalError`, `ProcessError` or
         `CheckpointError` (also for a profile of something else); then nothing is written, and a
         model in memory is as it was (unless only the writing failed: then it is compressed).
 
@@ -93,24 +97,35 @@ def compress(
     >>> report.size.target_params <= 0.5 * report.size.target_params_before
     True
     """
+    processes.join()
     options = options or CompressionOptions()
+    options = replace(options, device=processes.own_device(options.device))
     if out is not None:
         if resume and not isinstance(model, nn.Module):
             found = _finished(Path(out), parse_source(model).name, recipe, profile)
             if found is not None:
                 return found
-        require_writable(Path(out))
+        if processes.is_first():
+            require_writable(Path(out))
     with ExitStack() as stack:
         with gathered_warnings() as messages:
             job = Job(recipe, out, tokenizer, windows, options, resume, stack)
             done = _factorise(model, job, profile)
         report = done.report.model_copy(update={"warnings": tuple(messages)})
-        if out is None:
-            return report
-        passing = done.state.folder if done.state else None
-        report = write_folder(done.model, done.tokenizer, Path(out), report, done.probe, passing)
-        if done.state is not None:
-            done.state.remove()
+        return report if out is None else _write(done, report, Path(out))
+
+
+def _write(done: "_Done", report: CompressionReport, out: Path) -> CompressionReport:
+    """Write the folder; let go of what was kept of the run."""
+    processes.wait()  # until nobody reads what was kept
+    if not processes.is_first():
+        processes.wait()
+        return read_report(out)
+    passing = done.state.folder if done.state else None
+    report = write_folder(done.model, done.tokenizer, out, report, done.probe, passing)
+    if done.state is not None:
+        done.state.remove()
+    processes.wait()
     return report
 
 
@@ -118,7 +133,7 @@ def _finished(
     out: Path, name: str, recipe: CompressionRecipe, profile: str | Path | None
 ) -> CompressionReport | None:
     """Report of a run that was cut off when only the removal of its state was left to do."""
-    if not (state_folder(out).is_dir() and (out / REPORT).is_file()):
+    if not processes.agreed(state_folder(out).is_dir() and (out / REPORT).is_file()):
         return None
     report = read_report(out)
     if profile is not None:  # it says what the text was
@@ -126,7 +141,9 @@ def _finished(
         recipe = recipe.model_copy(update={"calibration": calibration})
     if (report.model, report.recipe_fingerprint) != (name, recipe.fingerprint()):
         return None
-    return report if removed_what_is_left(out, report.recipe_fingerprint) else None
+    is_first = processes.is_first()
+    is_removed = is_first and removed_what_is_left(out, report.recipe_fingerprint)
+    return report if processes.agreed(is_removed) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +167,7 @@ def _is_kept(job: Job, from_profile: bool) -> bool:
         raise RecipeError(
             f"{what} looks at no text, is short and keeps nothing to go on with; leave --resume out"
         )
-    if job.out is not None and not job.resume:
+    if job.out is not None and not job.resume and processes.is_first():
         require_no_run(Path(job.out))
     return is_kept and job.out is not None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from slimrank import processes
 from slimrank.errors import SlimrankWarning
 
 
@@ -50,6 +51,7 @@ def environment(model: Any) -> dict[str, str]:
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
+        "processes": str(processes.count()),
     }
 
 

@@ -67,6 +67,10 @@ class NotPositiveDefiniteError(NumericalError):
     """A second moment has no Cholesky root, even after the last jitter."""
 
 
+class ProcessError(SlimrankError, RuntimeError):
+    """Another process of the run has ended, or cannot be reached."""
+
+
 class SlimrankWarning(UserWarning):
     """The root of all warnings that slimrank gives."""
 

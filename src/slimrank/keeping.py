@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slimrank import processes
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import (
     FinishedBlock,
@@ -120,7 +121,8 @@ def kept_run(
         "dtype": versions["dtype"],
         "profile_fingerprint": _profile_fingerprint(profile) if profile else "",
     }
-    is_resumed = resume and has_run(out)
+    processes.require_same({name.removesuffix("_fingerprint"): x for name, x in marks.items()})
+    is_resumed = processes.agreed(resume and has_run(out))
     manifest = RunManifest(**marks, versions=versions, ranks=None, allocation=None)
     with RunState.resume(out) if is_resumed else RunState.begin(out, manifest) as state:
         if is_resumed:
@@ -260,8 +262,8 @@ def finished_profile(state: RunState) -> Profile | None:
     CheckpointError
         If it is damaged.
     """
-    removed_what_is_left(state.profile)
-    if not state.profile.exists():
+    processes.alone(lambda: removed_what_is_left(state.profile))
+    if not processes.agreed(state.profile.exists()):
         return None
     try:
         return read_profile(state.profile)
@@ -277,6 +279,6 @@ def unfinished_profile(state: RunState) -> ProfileState:
     CheckpointError
         If it is damaged, or the disk refuses.
     """
-    if has_unfinished_profile(state.profile):
+    if processes.agreed(has_unfinished_profile(state.profile)):
         return ProfileState.resume(state.profile)
     return ProfileState.begin(state.profile, ProfileRun(marks={}, versions={}))

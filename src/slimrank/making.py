@@ -5,8 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from slimrank import processes
 from slimrank.allocation import RankPlan
 from slimrank.blockwise import factorise_blocks
 from slimrank.building import Made, build, choose_ranks
@@ -33,6 +35,10 @@ from slimrank.sequential import factorise_in_sequence
 from slimrank.statistics import Statistics, collect_statistics
 from slimrank.targets import Work, num_embeddings
 from slimrank.tuning import Tuning
+
+CHOSEN: TypeAdapter[tuple[dict[str, int | None], RanksReport | None]] = TypeAdapter(
+    tuple[dict[str, int | None], RanksReport | None]
+)
 
 
 def make(source: ProfiledModel, work: Work, job: Job, opened: Profile | None) -> Made:
@@ -82,18 +88,23 @@ def _generated(source: ProfiledModel, job: Job) -> tuple[Tensor, ...]:
     """What the original model goes on with, from places of the calibration text."""
     recipe, (text, _) = job.recipe, job.held_apart()
     text.check_vocabulary(num_embeddings(source.model))
+    found: dict[str, Tensor] = {}
     with job.clock.phase("generate"):
-        found = generate_windows(
-            source.model,
-            text,
-            recipe.generated_sequences,
-            recipe.calibration.seed,
-            job.options.batch_size,
-            job.options.track,
-        )
+        if processes.is_first():  # one generator draws all of them
+            written = generate_windows(
+                source.model,
+                text,
+                recipe.generated_sequences,
+                recipe.calibration.seed,
+                job.options.batch_size,
+                job.options.track,
+            )
+            found = {str(number): window for number, window in enumerate(written.windows)}
+        _, found = processes.hand_round(tensors=found)
+    windows = TokenWindows(tuple(found.values()))
     if job.state is not None:
-        job.state.settle_generated(found.fingerprint())
-    return found.windows
+        job.state.settle_generated(windows.fingerprint())
+    return windows.windows
 
 
 def _make(
@@ -171,6 +182,7 @@ def _factorise(
         windows if method.needs & STREAMS else None,
         job.options,
         job.clock,
+        statistics.store if statistics else job.store(),  # one limit for all of it
         statistics if method.needs else None,
         job.state,
     )
@@ -207,12 +219,28 @@ def _choose(
     with gathered_warnings() as messages:
         if takes_profile:
             opened = _passing_profile(source, work, job, statistics, spectra_only)
-        ranks, allocation = choose_ranks(source.model, work, recipe, opened, job.options, job.clock)
+        ranks, allocation = _chosen(source, work, job, opened)
     if state is not None:
         state.settle(ranks.ranks, allocation, messages)
         if spectra_only:
             state.drop_profile()
     return ranks, allocation, opened
+
+
+def _chosen(
+    source: ProfiledModel, work: Work, job: Job, opened: Profile | None
+) -> tuple[RankPlan, RanksReport | None]:
+    """Ranks that the first process chooses: a search may go another way on another machine."""
+    text = ""
+    if processes.is_first():
+        ranks, allocation = choose_ranks(
+            source.model, work, job.recipe, opened, job.options, job.clock
+        )
+        if processes.count() == 1:
+            return ranks, allocation
+        text = CHOSEN.dump_json((dict(ranks.ranks), allocation)).decode()
+    found, allocation = CHOSEN.validate_json(processes.hand_round(text)[0])
+    return RankPlan(found), allocation
 
 
 def _look_twice(source: ProfiledModel, work: Work, job: Job) -> Statistics:
@@ -260,7 +288,9 @@ def _passing_profile(
     state = None
     if job.state is None:
         passing = TemporaryDirectory(prefix=".slimrank-", dir=job.beside)
-        path = Path(job.stack.enter_context(passing)) / "profile"
+        own = job.stack.enter_context(passing)
+        job.stack.enter_context(processes.until_all_are_done())
+        path = Path(processes.hand_round(own)[0]) / "profile"
     else:
         path = job.state.profile
         if (known := finished_profile(job.state)) is not None:

@@ -21,8 +21,8 @@ class CompressionOptions:
     batch_size : int, optional
         Windows at once; by default about 4,096 tokens.
     memory : int, optional
-        Bytes of activations that a sequential run holds in memory; the rest is spilled to disk. No
-        limit if left out.
+        Bytes of activations, and of statistics that are kept to the end, to hold in memory; the
+        rest is spilled to disk. No limit if left out.
     stream : bool
         Leave the weights of a folder in their files, and work on one block at a time; in `compress`
         finished blocks go to disk and stay there too. On the CPU.

@@ -2,28 +2,42 @@
 
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from slimrank import processes
+from slimrank.apart import made_apart
 from slimrank.blockwise import BlockPass, check_block, pass_blocks, solve
-from slimrank.calibration import METRIC, TokenWindows
+from slimrank.calibration import METRIC, ActivationStore, TokenWindows
 from slimrank.checkpoint import ProfiledLinear
 from slimrank.checkpoint.profile import SPECTRA, block_file, write_tensors
 from slimrank.checkpoint.profile_state import ProfiledBlock, ProfileState
 from slimrank.environment import Clock, gathered_warnings
 from slimrank.errors import NumericalWarning
-from slimrank.linalg import Decomposition
+from slimrank.linalg import Moments
 from slimrank.methods import KFACSVD
-from slimrank.model import Anatomy
+from slimrank.model import Anatomy, LinearSite
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
 from slimrank.statistics import Statistics
 from slimrank.targets import Work
+
+PARTS = ("spectra", "bases", "half")
+
+
+@dataclass(slots=True)
+class _Profiled:
+    """One linear: what the manifest says, what is kept, and a layer of half its largest rank."""
+
+    entry: ProfiledLinear
+    spectra: dict[str, Tensor]
+    bases: dict[str, Tensor]
+    half: LowRankLinear | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +53,8 @@ class ProfilePass:
     work : Work
     recipe : CompressionRecipe
     clock : Clock
+    store : ActivationStore
+        For hidden states on their way.
     spectra_only : bool
     statistics : Statistics or None
         What else the method looks at.
@@ -51,6 +67,7 @@ class ProfilePass:
     work: Work
     recipe: CompressionRecipe
     clock: Clock
+    store: ActivationStore
     spectra_only: bool
     statistics: Statistics | None
     state: ProfileState | None
@@ -79,6 +96,7 @@ class ProfilePass:
             windows,
             options,
             self.clock,
+            self.store,
             count,
             "profiling",
             finished,
@@ -95,7 +113,7 @@ class ProfilePass:
             "importance": tuple(block.influence for block in blocks),
             "importance_after_norm": blocks[-1].influence_after_norm,
             "linears": tuple(linear for block in blocks for linear in block.linears),
-            "files": files | write_tensors(self.folder, SPECTRA, spectra),
+            "files": files | self._write(SPECTRA, spectra),
         }
 
     def _known(self, state: ProfileState, index: int) -> tuple[ProfiledBlock, dict[str, Tensor]]:
@@ -113,19 +131,16 @@ class ProfilePass:
         """Solve a block, write its bases, and keep it."""
         spectra: dict[str, Tensor] = {}
         with gathered_warnings() as messages:
-            found = self._solve(passed, spectra)
-        bases = {
-            f"{entry.name}.{part}": columns
-            for entry, solved in found
-            for part, columns in (("basis", solved.basis), ("dual", solved.dual))
-            if entry.stored_rank and columns is not None
-        }
+            found = self._solve(passed)
+        for one in found:
+            spectra |= {f"{one.entry.name}.{part}": t for part, t in one.spectra.items()}
+        bases = {f"{one.entry.name}.{part}": t for one in found for part, t in one.bases.items()}
         with self.clock.phase("write"):
             name = block_file(passed.index)
-            files = write_tensors(self.folder, name, bases) if bases else {}
+            files = self._write(name, bases) if bases else {}
         block = ProfiledBlock(
             index=passed.index,
-            linears=tuple(entry for entry, _ in found),
+            linears=tuple(one.entry for one in found),
             influence=passed.influence,
             influence_after_norm=passed.influence_after_norm,
             files=files,
@@ -137,53 +152,91 @@ class ProfilePass:
                 self.state.save(block, spectra)
         return block, spectra
 
-    def _solve(
-        self, passed: BlockPass, spectra: dict[str, Tensor]
-    ) -> list[tuple[ProfiledLinear, Decomposition]]:
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+        """Write a file, if this is the process that does."""
+        return write_tensors(self.folder, name, tensors) if processes.is_first() else {}
+
+    def _solve(self, passed: BlockPass) -> list[_Profiled]:
         """Solve the linears of a block; check its moments on tokens, at half of largest ranks."""
-        work, statistics, method = self.work, self.statistics, self.recipe.make_method()
+        statistics, sites = self.statistics, list(passed.sites)
         if statistics is not None:
-            known = {site.name: passed.moments[site.name] for site in passed.sites}
+            known = {site.name: passed.moments[site.name] for site in sites}
             passed = replace(passed, moments={n: statistics.of(n, m) for n, m in known.items()})
-        found: dict[str, tuple[partial[ProfiledLinear], Decomposition]] = {}
-        halves: dict[str, LowRankLinear] = {}
-        for site in passed.sites:
-            linear = self.model.get_submodule(site.name)
-            with self.clock.phase("solve"):
-                rank = work.useful_rank(site.shape)
-                moments = passed.moments[site.name].ridged(self.recipe.relative_ridge())
-                gradient = statistics.pop_mean_gradient(site.name) if statistics else None
-                solved = solve(self.model, site, rank, method, moments, gradient)
-                decomposition = solved.decomposition
-                if solved.changes is not None:
-                    spectra[f"{site.name}.changes"] = solved.changes
-                spectra[f"{site.name}.singular_values"] = decomposition.singular_values
-                metric = method.metric(moments) if isinstance(method, KFACSVD) else None
-                spectra[f"{site.name}.measured_losses"] = decomposition.measured_losses(
-                    moments.original, metric
-                )
-                if rank:
-                    half = decomposition.truncate((rank + 1) // 2)
-                    halves[site.name] = LowRankLinear.from_factors(linear, half)
-            entry = partial(
-                ProfiledLinear,
-                name=site.name,
-                block=site.block,
-                kind=module_type(site.name, work.anatomy),
-                out_features=site.shape.out_features,
-                in_features=site.shape.in_features,
-                tokens=solved.tokens,
-                energy=decomposition.energy,
-                jitter=decomposition.jitter,
-                stored_rank=0 if self.spectra_only else rank,
-                seconds=solved.seconds,
-                mean_square_gradient=_mean_square(statistics, site.name),
+        with self.clock.phase("solve"):
+            found = made_apart(
+                sites,
+                lambda site: self._profile(site, passed.moments[site.name]),
+                _pack,
+                self._unpack,
             )
-            found[site.name] = entry, decomposition
+        halves = {name: one.half for name, one in found.items() if one.half is not None}
         gaps = check_block(self.model, passed, halves, self.clock)
-        return [
-            (entry(token_check=gaps.get(name)), solved) for name, (entry, solved) in found.items()
-        ]
+        for name, one in found.items():
+            one.entry = one.entry.model_copy(update={"token_check": gaps.get(name)})
+        return list(found.values())
+
+    def _profile(self, site: LinearSite, moments: Moments) -> _Profiled:
+        """Solve one linear for all ranks."""
+        statistics, method = self.statistics, self.recipe.make_method()
+        rank = self.work.useful_rank(site.shape)
+        moments = moments.ridged(self.recipe.relative_ridge())
+        gradient = statistics.pop_mean_gradient(site.name) if statistics else None
+        solved = solve(self.model, site, rank, method, moments, gradient)
+        found = solved.decomposition
+        metric = method.metric(moments) if isinstance(method, KFACSVD) else None
+        spectra = {
+            "changes": solved.changes,
+            "singular_values": found.singular_values,
+            "measured_losses": found.measured_losses(moments.original, metric),
+        }
+        entry = ProfiledLinear(
+            name=site.name,
+            block=site.block,
+            kind=module_type(site.name, self.work.anatomy),
+            out_features=site.shape.out_features,
+            in_features=site.shape.in_features,
+            tokens=solved.tokens,
+            energy=found.energy,
+            jitter=found.jitter,
+            stored_rank=0 if self.spectra_only else rank,
+            seconds=solved.seconds,
+            token_check=None,
+            mean_square_gradient=_mean_square(statistics, site.name),
+        )
+        bases = {"basis": found.basis, "dual": found.dual} if entry.stored_rank else {}
+        half = None
+        if rank:
+            linear = self.model.get_submodule(site.name)
+            half = LowRankLinear.from_factors(linear, found.truncate((rank + 1) // 2))
+        return _Profiled(entry, _known(spectra), _known(bases), half)
+
+    def _unpack(self, site: LinearSite, text: str, tensors: Mapping[str, Tensor]) -> _Profiled:
+        """What another process has profiled."""
+        if self.statistics is not None:
+            self.statistics.pop_mean_gradient(site.name)
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in PARTS}
+        for name, tensor in tensors.items():
+            kind, _, key = name.partition(":")
+            parts[kind][key] = tensor
+        spectra, bases, factors = (parts[kind] for kind in PARTS)
+        half = None
+        if factors:
+            linear = self.model.get_submodule(site.name)
+            half = LowRankLinear.unfilled(linear, len(factors["latent.weight"]))
+            half.load_state_dict(factors, strict=False)
+        return _Profiled(ProfiledLinear.model_validate_json(text), spectra, bases, half)
+
+
+def _known(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _pack(one: _Profiled) -> tuple[str, dict[str, Tensor]]:
+    factors = one.half.state_dict() if one.half else {}
+    factors.pop("bias", None)
+    parts = zip(PARTS, (one.spectra, one.bases, factors), strict=True)
+    tensors = {f"{kind}:{key}": t for kind, found in parts for key, t in found.items()}
+    return one.entry.model_dump_json(), tensors
 
 
 def _mean_square(statistics: Statistics | None, name: str) -> float | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from slimrank import processes
 from slimrank.calibration import ActivationStore, TokenWindows, hold_out
 from slimrank.checkpoint import (
     Profile,
@@ -112,18 +113,23 @@ def profile(
     """
     options, out, clock = options or CompressionOptions(), Path(out), Clock()
     require_moments(recipe)
-    if resume and (found := _finished(out, model, recipe, windows, for_kv_cache, spectra_only)):
-        return found
-    require_writable(out)
-    if not resume:
-        require_no_unfinished_profile(out)
-    if options.stream:
-        require_streamable(model, options)
-    with clock.phase("load"):
-        loaded, name, tokenizer = open_dense(model, recipe.dtype, tokenizer, stream=options.stream)
-    loaded = loaded.to(options.device) if options.device else loaded
-    source = ProfiledModel(loaded, name, weights_fingerprint(loaded))
+    processes.join()
     with ExitStack() as stack:
+        if resume and (found := _finished(out, model, recipe, windows, for_kv_cache, spectra_only)):
+            return found
+        if processes.is_first():
+            require_writable(out)
+        if processes.is_first() and not resume:
+            require_no_unfinished_profile(out)
+        if options.stream:
+            require_streamable(model, options)
+        with clock.phase("load"):
+            loaded, name, tokenizer = open_dense(
+                model, recipe.dtype, tokenizer, stream=options.stream
+            )
+        device = processes.own_device(options.device)
+        loaded = loaded.to(device) if device else loaded
+        source = ProfiledModel(loaded, name, weights_fingerprint(loaded))
         with gathered_warnings() as warned:
             work = find_work(loaded, recipe, for_kv_cache)
             stack.enter_context(work.put_back_after(loaded))
@@ -148,7 +154,7 @@ def _finished(
 
     None if there is none, or what is told of it without a model shows that it is another.
     """
-    if not (state_folder(out).is_dir() and (out / PROFILE).is_file()):
+    if not processes.agreed(state_folder(out).is_dir() and (out / PROFILE).is_file()):
         return None
     found = read_profile(out)
     manifest, held_out = found.manifest, found.held_out()
@@ -173,7 +179,8 @@ def _finished(
         pairs.append((held_out.fingerprint() if held_out else "", given))
     is_same = all(one == other for one, other in pairs)
     fingerprint = served_alike(recipe).fingerprint()
-    return found if is_same and removed_what_is_left(out, fingerprint) else None
+    is_removed = processes.is_first() and is_same and removed_what_is_left(out, fingerprint)
+    return found if processes.agreed(is_removed) else None
 
 
 def served_alike(recipe: CompressionRecipe) -> CompressionRecipe:
@@ -217,7 +224,7 @@ def _begin_or_resume(
         "choice of --kv": "yes" if work.attentions else "no",
         "choice of --spectra-only": "yes" if spectra_only else "no",
     }
-    if not (resume and has_unfinished_profile(out)):
+    if not processes.agreed(resume and has_unfinished_profile(out)):
         begun = ProfileState.begin(out, ProfileRun(marks=marks, versions=versions))
         return stack.enter_context(begun)
     state = stack.enter_context(ProfileState.resume(out))
@@ -295,11 +302,15 @@ def write_profile(
     """
     model = source.model
     kept = state.bytes_kept if state else 0
-    require_space(out, profile_bytes(model, work, recipe, spectra_only) - kept)
+    if processes.is_first():
+        require_space(out, profile_bytes(model, work, recipe, spectra_only) - kept)
     windows.check_vocabulary(num_embeddings(model))
     windows, held_out = hold_out(windows, recipe.calibration.held_out_sequences)
     with ExitStack() as stack:
-        folder = stack.enter_context(state.renamed_when_done() if state else renamed_when_done(out))
+        folder, writes = out, processes.is_first()
+        if writes:
+            whole = state.renamed_when_done() if state else renamed_when_done(out)
+            folder = stack.enter_context(whole)
         beside = (
             state.folder if state else out.parent
         )  # what a killed process spills is found there
@@ -308,12 +319,13 @@ def write_profile(
             statistics = statistics or collect_statistics(
                 model, work.anatomy, recipe.needs, recipe, windows, options, clock, store
             )
+            store = statistics.store if statistics else store  # one limit for all of it
             found = ProfilePass(
-                folder, model, work, recipe, clock, spectra_only, statistics, state
+                folder, model, work, recipe, clock, store, spectra_only, statistics, state
             ).take(windows, options)
         if held_out is not None:
             tokens = {str(number): window for number, window in enumerate(held_out.windows)}
-            found["files"] |= write_tensors(folder, HELD_OUT, tokens)
+            found["files"] |= write_tensors(folder, HELD_OUT, tokens) if writes else {}
         manifest = ProfileManifest(
             model=source.name,
             model_fingerprint=source.fingerprint,
@@ -332,5 +344,7 @@ def write_profile(
             warnings=tuple(dict.fromkeys((*warned, *messages))),
             **found,
         )
-        write_manifest(folder, manifest)
+        if writes:
+            write_manifest(folder, manifest)
+    processes.wait()
     return read_profile(out)

@@ -47,7 +47,7 @@ def look_again(
         Of the original model, without moments. Its store gets the means, and the second moments of
         the compressed model's inputs.
     passing : ActivationStore
-        Holds one set of statistics more for a while.
+        Holds one set of statistics more for a while, and hidden states.
 
     Returns
     -------
@@ -68,7 +68,9 @@ def look_again(
     if not recipe.make_method().needs & STREAMS and recipe.allocation == "uniform":
         return first
     count = len(anatomy.groups)
-    for passed in pass_blocks(compressed, anatomy, windows, options, clock, count, "looking again"):
+    for passed in pass_blocks(
+        compressed, anatomy, windows, options, clock, passing, count, "looking again"
+    ):
         for group in passed.groups:
             key = group.sites[0].name
             moments = passed.moments[key]

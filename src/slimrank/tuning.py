@@ -107,11 +107,11 @@ class Tuning:
             If a loss or a gradient is not finite; the model is then as it was.
         """
         blocks = list(model.get_submodule(anatomy.path).children())
-        held_out = _Sequences(self.streams, self.streams.held_out, blocks[0])
+        held_out = _Sequences(self.streams, blocks[0], is_held_out=True)
         return refine_block(
             _Stack(blocks, self.streams),
-            _Sequences(self.streams, self.streams.calibration, blocks[0]),
-            held_out if self.streams.held_out else None,
+            _Sequences(self.streams, blocks[0]),
+            held_out if held_out.num_sequences else None,
             settings.refinement(),
             len(blocks),
             rest=RestOfModel(model, anatomy, self.streams, len(blocks) - 1),
@@ -139,17 +139,18 @@ class _Sequences:
     """Some sequences in front of the first block (see `slimrank.refine.BlockData`)."""
 
     streams: Streams
-    sequences: range
     first: nn.Module
+    is_held_out: bool = False
 
     @property
     def num_sequences(self) -> int:
-        return len(self.sequences)
+        return self.streams.in_all[self.is_held_out]
 
     def micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
         device = next(self.first.parameters()).device
         store = self.streams.store
-        for numbers in self.streams.groups(self.sequences[number] for number in sequences):
+        own = self.streams.own(sequences, self.streams.num_calibration * self.is_held_out)
+        for numbers in self.streams.groups(own):
             yield MicroBatch(
                 inputs=stacked(store, (ORIGINAL,), numbers).to(device),
                 targets=stacked(store, (FINAL,), numbers).to(device),

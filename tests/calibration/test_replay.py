@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from slimrank import TokenWindows
-from slimrank.calibration import embed_batches, run_block
+from slimrank.calibration import ActivationStore, embed_batches, run_block
 from slimrank.errors import ModelError
 from slimrank.model import discover
 
@@ -101,6 +101,35 @@ def test_arguments_are_shared_between_equal_batches(make_model, make_windows):
     batches = embed_batches(model, anatomy, make_windows(8, 24), 1)
     assert len(batches) == 8
     assert len({id(batch.calls) for batch in batches}) == 1
+
+
+@pytest.mark.parametrize("limit", [None, 0, 2 * 3 * 24 * 32 * 4])
+def test_hidden_states_wait_where_the_limit_says(limit, make_model, make_windows, tmp_path):
+    model = make_model("llama")
+    anatomy = discover(model, torch.arange(12)[None])
+    plain = embed_batches(model, anatomy, make_windows(12, 24), 3)
+    with ActivationStore(limit, tmp_path) as store:
+        batches = embed_batches(model, anatomy, make_windows(12, 24), 3, store)
+        assert [len(batch.hidden) for batch in batches] == [3, 3, 3, 2, 1]
+        for number, batch in enumerate(plain):
+            assert torch.equal(batches[number].hidden, batch.hidden)
+        assert torch.equal(batches[-1].hidden, plain[4].hidden)
+        left = {None: 0, 0: 5}.get(limit, 3)
+        assert len(list(tmp_path.rglob("*.safetensors"))) == left
+        with pytest.raises(IndexError):
+            batches[5]
+        batches.drop()
+        assert (len(batches), store.bytes_in_memory, store.bytes_on_disk) == (0, 0, 0)
+        assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_stays_in_memory_is_not_copied(make_model, make_windows):
+    model = make_model("llama")
+    anatomy = discover(model, torch.arange(12)[None])
+    batches = embed_batches(model, anatomy, make_windows(3, 24), 2)
+    leaving = run_block(blocks_of(model, anatomy)[0], 0, batches[0])
+    batches[0] = leaving
+    assert batches[0].hidden.data_ptr() == leaving.hidden.data_ptr()
 
 
 class Exchange(nn.Module):

@@ -211,6 +211,22 @@ def test_what_was_summed_in_one_dtype_goes_on_in_another():
     assert_near(found, whole, float32_bound(56))
 
 
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_products_are_whole_where_a_caller_lets_torch_round_them(precision):
+    tokens = torch.randn(256, 128, generator=torch.Generator().manual_seed(0))
+    found = []
+    for setting in (precision, "highest"):
+        torch.set_float32_matmul_precision(setting)
+        try:
+            accumulator = MomentAccumulator(128)
+            accumulator.update(tokens)
+            assert torch.get_float32_matmul_precision() == setting
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        found.append(accumulator.result().original)
+    assert torch.equal(*found)
+
+
 def test_a_token_is_heavy_by_its_squared_norm_over_the_median():
     """On either side of the threshold the sum is right; mostly-zero blocks have a median of 0."""
     for times in (0.99 * HEAVY**0.5, 1.01 * HEAVY**0.5, 1e6):

@@ -12,6 +12,7 @@ from slimrank.calibration.gradients import (
     keep_gradients,
 )
 from slimrank.calibration.importance import BlockInfluence
+from slimrank.calibration.joint import own_windows
 from slimrank.calibration.levels import call_levels
 from slimrank.calibration.lockstep import (
     ARRIVED,
@@ -26,6 +27,7 @@ from slimrank.calibration.magnitudes import collect_magnitudes
 from slimrank.calibration.moments import BlockMoments, LastInputs, check_on_tokens, collect_moments
 from slimrank.calibration.replay import (
     Batch,
+    Batches,
     after_blocks,
     call_block,
     embed_batches,
@@ -60,6 +62,7 @@ __all__ = [
     "TARGET",
     "ActivationStore",
     "Batch",
+    "Batches",
     "BlockGradients",
     "BlockInfluence",
     "BlockMoments",
@@ -90,6 +93,7 @@ __all__ = [
     "keep_gradients",
     "loss_scale",
     "output_sensitivity",
+    "own_windows",
     "packaged_text",
     "pass_level",
     "pass_original",

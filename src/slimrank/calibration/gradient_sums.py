@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from slimrank import processes
 from slimrank.calibration.backward import Pulled
 from slimrank.errors import NumericalError
 from slimrank.linalg import MomentAccumulator
@@ -133,8 +134,9 @@ class BlockGradientSums:
                 self._gradients[name] += summed
 
     def result(self, predicted: int, dtype: torch.dtype) -> BlockGradients:
-        """Means over all predicted tokens, and over all windows; to be called once."""
+        """Means over all predicted tokens and windows, of all processes; to be called once."""
         assert self._output is not None
+        windows = processes.sums(self._windows)[0]
         return BlockGradients(
             index=self.index,
             metrics={
@@ -143,10 +145,13 @@ class BlockGradientSums:
             },
             output_metric=_mean(self._output, predicted).to(dtype),
             row_weights={
-                f"{self.path}.{name}": rows / self._windows for name, rows in self._rows.items()
+                f"{self.path}.{name}": processes.add_up(rows) / windows
+                for name, rows in self._rows.items()
             },
             mean_gradients={
-                f"{self.path}.{name}": self._gradients.pop(name).div_(predicted).to(dtype)
+                f"{self.path}.{name}": processes.add_up(self._gradients.pop(name))
+                .div_(predicted)
+                .to(dtype)
                 for name in list(self._gradients)
             },
         )
@@ -167,7 +172,7 @@ def _add(accumulator: MomentAccumulator, gradient: Tensor, name: str) -> None:
 
 
 def _mean(accumulator: MomentAccumulator, predicted: int) -> Tensor:
-    """Sum over all rows, by the number of predicted tokens."""
+    """Sum over all rows of all processes, by the number of predicted tokens."""
     found = accumulator.result().original
     assert found is not None
-    return found.mul_(accumulator.tokens / predicted)
+    return processes.add_up(found.mul_(accumulator.tokens / predicted))

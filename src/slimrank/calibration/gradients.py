@@ -55,8 +55,8 @@ def collect_gradients(
     anatomy : Anatomy
         Of the linears whose gradients are wanted.
     windows : TokenWindows
-        Each of at least 2 tokens. The last of each predicts nothing and adds nothing; means are
-        over the others, ``length - 1`` a window.
+        Of all processes, each of which takes its own. Each is of at least 2 tokens. The last of
+        each predicts nothing and adds nothing; means are over the others, ``length - 1`` a window.
     batch_size : int
         Windows at once; one if `weight_gradients` are wanted.
     store : ActivationStore
@@ -117,7 +117,7 @@ def collect_gradients(
         _step_forward(blocks[index], index, streams)
     for number in streams.calibration:
         behind = store.get((_entering(len(blocks)), number))
-        gradient = head_gradient(model, anatomy, behind, partial(chosen.at, number))
+        gradient = head_gradient(model, anatomy, behind, partial(chosen.at, streams.place(number)))
         store.put((GRADIENT, number), gradient)
     store.drop_kind(_entering(len(blocks)))
     for index in track(range(len(blocks) - 1, -1, -1), "backwards"):

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from slimrank import processes
+
 
 @dataclass(slots=True)
 class BlockInfluence:
@@ -45,6 +47,11 @@ class BlockInfluence:
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         self.total += float((1 - cosine.double()).sum())
         self.tokens += len(before)
+
+    def merge_all(self) -> None:
+        """Take in what those of all other processes have."""
+        total, tokens = processes.sums(self.total, self.tokens)
+        self.total, self.tokens = total, round(tokens)
 
     @property
     def value(self) -> float:

@@ -114,7 +114,7 @@ def pass_original(
                     stack.enter_context(noting_endings(pair.original, names, endings))
             hidden = run_stream(pair, streams, ORIGINAL, numbers)
         streams.store.put_rows((TARGET,), numbers, hidden, given_away=True)
-    found.energies = {f"{pair.path}.{name}": energy.mean for name, energy in outputs.items()}
+    found.energies = {f"{pair.path}.{name}": energy.mean() for name, energy in outputs.items()}
     pair.endings.update({child: ending for child, ending in endings.items() if ending is not None})
     return found
 

@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
+from slimrank import processes
 from slimrank.calibration.hooks import Taker, inputs_of, taking_inputs
+from slimrank.calibration.joint import own_windows
 from slimrank.calibration.windows import TokenWindows
 from slimrank.errors import NumericalError
 from slimrank.model import Anatomy
@@ -38,6 +40,11 @@ class MagnitudeSums:
     def mean(self) -> Float64[Tensor, " features"]:
         """Over the tokens; zero if there were none."""
         return self._sum / max(self.tokens, 1)
+
+    def merge_all(self) -> None:
+        """Add what the sums of all other processes saw."""
+        self.tokens = round(processes.sums(self.tokens)[0])
+        processes.add_up(self._sum)
 
 
 @torch.no_grad()
@@ -73,8 +80,10 @@ def collect_magnitudes(
     sums = {group.sites[0].name: MagnitudeSums(group.in_features) for group in groups}
     device = next(model.parameters()).device
     with taking_inputs(model, {name: _adder(name, total) for name, total in sums.items()}):
-        for ids in windows.batches(batch_size):
+        for ids in own_windows(windows).batches(batch_size):
             model(input_ids=ids.to(device), use_cache=False)
+    for total in sums.values():
+        total.merge_all()
     return {site.name: sums[group.sites[0].name].mean for group in groups for site in group.sites}
 
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from slimrank.calibration.hooks import Taker, inputs_of, taking_inputs
 from slimrank.calibration.importance import BlockInfluence
-from slimrank.calibration.replay import Batch, run_block
+from slimrank.calibration.joint import joint_moments
+from slimrank.calibration.replay import Batch, Batches, run_block
 from slimrank.calibration.token_check import gap_on_tokens
 from slimrank.linalg import MomentAccumulator, Moments, output_loss
 from slimrank.model import InputGroup
@@ -40,11 +41,11 @@ class BlockMoments:
     Parameters
     ----------
     total : tuple of Moments
-        Over all batches.
+        Over all batches of all processes.
     last : tuple of LastInputs
-        Of the last batch only.
+        Of the last own batch only.
     influence : float
-        Of the block on all tokens (see `BlockInfluence`).
+        Of the block on all tokens of all processes (see `BlockInfluence`).
     influence_behind : float or None
         The same with what follows the block counted in; None if nobody asked, or the width changes.
     """
@@ -60,7 +61,7 @@ def collect_moments(
     block: nn.Module,
     index: int,
     groups: Sequence[InputGroup],
-    batches: list[Batch],
+    batches: Batches | list[Batch],
     behind: Callable[[Batch], Tensor] | None = None,
 ) -> BlockMoments:
     """Take all batches through a block once, and sum the second moments of its inputs.
@@ -72,7 +73,7 @@ def collect_moments(
         Position of the block.
     groups : sequence of InputGroup
         One accumulator each.
-    batches : list of Batch
+    batches : Batches or list of Batch
         In front of the block; replaced one by one by what comes out of it, so that hidden states
         are held once.
     behind : callable, optional
@@ -83,6 +84,8 @@ def collect_moments(
     ------
     NumericalError
         If an activation is not finite, with the linear's name.
+    CheckpointError
+        If hidden states go to disk, and it is full.
     """
     device = next(block.parameters()).device
     total = [MomentAccumulator(group.in_features, device) for group in groups]
@@ -94,16 +97,19 @@ def collect_moments(
             group.sites[0].name: _adder(group, sums, kept.inputs if is_last else None)
             for group, sums, kept in zip(groups, total, last, strict=True)
         }
-        entering = batches[number].hidden
+        entering = batches[number]
         with taking_inputs(model, takers):
-            batches[number] = run_block(block, index, batches[number])
-        influence.add(entering, batches[number].hidden)
-        states = behind(batches[number]) if behind else entering[..., :0]
-        if states.shape == entering.shape:
-            influence_behind.add(entering, states)
+            leaving = run_block(block, index, entering)
+        batches[number] = leaving
+        influence.add(entering.hidden, leaving.hidden)
+        states = behind(leaving) if behind else entering.hidden[..., :0]
+        if states.shape == entering.hidden.shape:
+            influence_behind.add(entering.hidden, states)
     found: list[Moments] = []
     while total:  # sums of the widest linears are the largest thing there is: let go one by one
-        found.append(total.pop(0).result())
+        found.append(joint_moments(total.pop(0).result()))
+    influence.merge_all()
+    influence_behind.merge_all()
     return BlockMoments(
         total=tuple(found),
         last=last,

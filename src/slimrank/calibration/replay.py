@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimrank.calibration.store import ActivationStore
 from slimrank.calibration.windows import TokenWindows
 from slimrank.errors import ModelError
 from slimrank.model import Anatomy
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+PASSING = "passing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,63 @@ class Batch:
     calls: tuple[Call, ...]
 
 
+class Batches:
+    """Batches by number, in front of one block; past its limit the store has them on disk.
+
+    Parameters
+    ----------
+    store : ActivationStore
+        Holds hidden states under ``("passing", number)``. Copies none that fit.
+
+    Examples
+    --------
+    >>> with ActivationStore(limit=0) as store:
+    ...     batches = Batches(store)
+    ...     batches.append(Batch(torch.zeros(1, 2, 3), ()))
+    ...     batches[0] = Batch(torch.ones(1, 2, 3), ())
+    ...     len(batches), float(batches[0].hidden.sum()), store.bytes_on_disk
+    (1, 6.0, 24)
+    """
+
+    def __init__(self, store: ActivationStore) -> None:
+        self.store = store
+        self._calls: list[tuple[Call, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __getitem__(self, number: int) -> Batch:
+        number = range(len(self))[number]
+        return Batch(self.store.get((PASSING, number)), self._calls[number])
+
+    def __setitem__(self, number: int, batch: Batch) -> None:
+        """Keep another in its place; nobody else may change it."""
+        number = range(len(self))[number]
+        self._calls[number] = batch.calls
+        self.store.put_rows((PASSING,), (number,), batch.hidden[None], given_away=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[number] for number in range(len(self)))
+
+    def append(self, batch: Batch) -> None:
+        """Keep one more; nobody else may change it."""
+        self._calls.append(batch.calls)
+        self[-1] = batch
+
+    def drop(self) -> None:
+        """Let go of all of them, on disk too."""
+        self._calls.clear()
+        self.store.drop_kind(PASSING)
+
+
 @torch.no_grad()
 def embed_batches(
-    model: nn.Module, anatomy: Anatomy, windows: TokenWindows, batch_size: int
-) -> list[Batch]:
+    model: nn.Module,
+    anatomy: Anatomy,
+    windows: TokenWindows,
+    batch_size: int,
+    store: ActivationStore | None = None,
+) -> Batches:
     """Hidden states in front of the first block, and the arguments of all blocks.
 
     The last batch is one window: it is the one whose tokens are held against its moments.
@@ -52,15 +108,19 @@ def embed_batches(
     windows : TokenWindows
     batch_size : int
         Windows at once.
+    store : ActivationStore, optional
+        Where the hidden states wait; in memory if left out.
 
     Raises
     ------
     ModelError
         If running block by block does not give what the model gives.
+    CheckpointError
+        If the disk is full.
     """
     first = next(windows.batches(1))[:, :16]
     check_replay(model, anatomy, first)
-    batches: list[Batch] = []
+    batches = Batches(store or ActivationStore())
     known: list[tuple[Call, ...]] = []
     *most, last = windows.batches(batch_size)
     for ids in (*most, *([last[:-1]] if len(last) > 1 else []), last[-1:]):

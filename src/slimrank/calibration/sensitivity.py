@@ -20,6 +20,7 @@ def output_sensitivity(
     call: Call,
     generator: torch.Generator,
     probes: int = 4,
+    row: tuple[int, int] | None = None,
 ) -> dict[str, float]:
     r"""Mean gain from the outputs of linears to the output of their block, to first order.
 
@@ -50,6 +51,9 @@ def output_sensitivity(
     probes : int
         How many v. On J of many equal singular values the relative standard error is about
         ``(2 / (probes · rank J))^{1/2}``.
+    row : (int, int), optional
+        The one sequence of `inputs` is this row of a batch of so many: v is the row of the batch's,
+        and the mean of all rows' gains is that of the batch, whoever takes which row.
 
     Returns
     -------
@@ -100,7 +104,9 @@ def output_sensitivity(
     owners = [name for name, found in edges.items() for _ in found]
     sources = [edge for found in edges.values() for edge, _ in found]
     for _ in range(probes if sources else 0):
-        probe = torch.randn(outputs.shape, generator=generator).to(outputs)
+        place, size = row or (0, len(outputs))
+        whole = torch.randn(size, *outputs.shape[1:], generator=generator)
+        probe = whole[place : place + len(outputs)].to(outputs)
         pulled = torch.autograd.grad(outputs, sources, probe, retain_graph=True, allow_unused=True)
         for name, gradient in zip(owners, pulled, strict=True):
             if gradient is not None:

@@ -102,6 +102,7 @@ def pass_shifted(
     Returns
     -------
     calibration : BlockError
+        Of all processes, as `held_out`.
     held_out : BlockError or None
         None if no sequence was held out.
 
@@ -120,6 +121,7 @@ def pass_shifted(
         sums[is_held_out].add(together(streams.store, (TARGET,), numbers).to(hidden.device), hidden)
         streams.store.put_rows((NEXT,), numbers, hidden, given_away=True)
     for total in sums:
+        total.merge_all()
         if not total.is_finite:
             raise NumericalError(f"the outputs of {pair.path} are not finite")
     for kind in (FINISHED, HELD):

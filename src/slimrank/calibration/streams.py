@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from slimrank import processes
+from slimrank.calibration.joint import own_windows
 from slimrank.calibration.replay import Call, check_replay, equal_calls, record_calls
 from slimrank.calibration.store import ActivationStore
 from slimrank.calibration.widening import Kind, can_widen
@@ -35,6 +37,11 @@ class Streams:
         How many of them calibrate.
     size : int
         Sequences at once.
+    in_all : tuple of int
+        Calibration and held-out sequences of all processes. Those above are this one's own, and
+        are numbered by themselves.
+    first_length : int
+        Tokens of the first of all.
     """
 
     store: ActivationStore
@@ -43,6 +50,8 @@ class Streams:
     lengths: tuple[int, ...]
     num_calibration: int
     size: int
+    in_all: tuple[int, int]
+    first_length: int
 
     @property
     def calibration(self) -> range:
@@ -53,6 +62,24 @@ class Streams:
     def held_out(self) -> range:
         """Numbers of the held-out sequences."""
         return range(self.num_calibration, len(self.kind_of))
+
+    @staticmethod
+    def place(number: int) -> int:
+        """Place of an own calibration sequence among those of all processes."""
+        return processes.number() + number * processes.count()
+
+    def own(self, places: Iterable[int], first: int = 0) -> list[int]:
+        """Own numbers of those sequences that are at these places among those of all processes.
+
+        Parameters
+        ----------
+        places : iterable of int
+            Counted among calibration sequences, or among held-out ones.
+        first : int
+            Own number of the first one of these.
+        """
+        size, own = processes.count(), processes.number()
+        return [first + place // size for place in places if place % size == own]
 
     def groups(self, sequences: Iterable[int]) -> Iterator[list[int]]:
         """Put sequences of one kind together, at most `size` of them, in order."""
@@ -84,7 +111,7 @@ def embed_streams(
     size: int,
     store: ActivationStore,
 ) -> Streams:
-    """Put the hidden states in front of the first block into both streams.
+    """Put the hidden states in front of the first block into both streams, of own sequences.
 
     Parameters
     ----------
@@ -101,7 +128,10 @@ def embed_streams(
     ModelError
         If running block by block does not give what the model gives.
     """
-    windows = [*calibration.windows, *(held_out.windows if held_out else ())]
+    first_length = len(calibration.windows[0])
+    in_all = len(calibration.windows), len(held_out.windows) if held_out else 0
+    calibration = own_windows(calibration)
+    windows = [*calibration.windows, *processes.share(held_out.windows if held_out else ())]
     check_replay(model, anatomy, windows[0][None, :16])
     singles: list[tuple[Call, ...]] = []
     first_of: list[int] = []
@@ -132,4 +162,5 @@ def embed_streams(
             double = double if can_widen(single, double) else None
         kinds.append(Kind(single, double))
     lengths = tuple(map(len, windows))
-    return Streams(store, tuple(kinds), tuple(kind_of), lengths, len(calibration.windows), size)
+    own = len(calibration.windows)
+    return Streams(store, tuple(kinds), tuple(kind_of), lengths, own, size, in_all, first_length)

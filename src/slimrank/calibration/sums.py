@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimrank import processes
 from slimrank.calibration.hooks import inputs_of
+from slimrank.calibration.joint import joint_moments
 from slimrank.linalg import DriftAccumulator, MomentAccumulator, Moments
 from slimrank.model import InputGroup
 from slimrank.report import BlockError
@@ -49,11 +51,11 @@ class GroupSums:
                 self._drifts[is_last].update(original, shifted, centred)
 
     def results(self) -> tuple[Moments, Moments]:
-        """Over all tokens, and over the last sequence."""
+        """Over all tokens of all processes, and over the last own sequence."""
         last = self._result(1)
         self._moments[0].merge(self._moments[1])
         self._drifts[0].merge(self._drifts[1])
-        return self._result(0), last
+        return joint_moments(self._result(0)), last
 
     def _result(self, which: int) -> Moments:
         found = self._moments[which].result()
@@ -71,10 +73,10 @@ class OutputEnergy:
         assert isinstance(linear, nn.Linear)
         self._linear, self._sum, self._tokens = linear, 0.0, 0
 
-    @property
     def mean(self) -> float:
-        """Over all tokens that were counted."""
-        return self._sum / max(self._tokens, 1)
+        """Over all tokens that were counted, in all processes."""
+        total, tokens = processes.sums(self._sum, self._tokens)
+        return total / max(tokens, 1)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -112,6 +114,12 @@ class BlockErrorSums:
         self.energy += float(sizes[0].square().sum())
         self.distance += float(torch.where(product > 0, unlike, 1.0).sum())
         self.tokens += wanted.shape[:-1].numel()
+
+    def merge_all(self) -> None:
+        """Add what the sums of all other processes saw."""
+        found = processes.sums(self.error, self.energy, self.distance, self.tokens)
+        self.error, self.energy, self.distance = found[:3]
+        self.tokens = round(found[3])
 
     @property
     def is_finite(self) -> bool:

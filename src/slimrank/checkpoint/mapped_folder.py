@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from slimrank.checkpoint.quantizer import LowRankQuantizer, check_files, swap_in
 from slimrank.checkpoint.size import as_saved, read_headers, saved_tensors
 from slimrank.checkpoint.sound import own_weight_files, require_sound
 from slimrank.errors import CheckpointError
-from slimrank.model import block_path, let_go, map_parameters
+from slimrank.model import let_go, map_parameters
 
 LEAST_SHARD, MOST_SHARD = 2**28, 5 * 10**9
 
@@ -27,7 +28,7 @@ LEAST_SHARD, MOST_SHARD = 2**28, 5 * 10**9
 def load_mapped(folder: Path, dtype: str = "auto") -> Any:
     """Open a causal language model whose weights stay in their files (see `slimrank.model.mapped`).
 
-    What a block touches is let go of when it has run. Computes what the model in memory computes.
+    What a block touches is let go of when another runs. Computes what the model in memory computes.
 
     Parameters
     ----------
@@ -70,8 +71,7 @@ def load_mapped(folder: Path, dtype: str = "auto") -> Any:
         model.hf_quantizer._process_model_after_weight_loading(model)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    for module in _parts(model):
-        module.register_forward_hook(_let_go_after)
+    _take_turns(_parts(model))
     return model.eval().requires_grad_(False)
 
 
@@ -85,7 +85,7 @@ def save_mapped(model: Any, folder: Path) -> None:
     folder : Path
     """
     tensors = {n: t.contiguous() for n, t in as_saved(model, saved_tensors(model)).items()}
-    largest = max(_bytes(block.state_dict()) for block in model.get_submodule(block_path(model)))
+    largest = max((_bytes(block.state_dict()) for block in _blocks(model)), default=0)
     shards = split_torch_state_dict_into_shards(
         tensors,
         filename_pattern="model{suffix}.safetensors",
@@ -168,14 +168,38 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _parts(model: Any) -> Iterator[nn.Module]:
     """What is worked with one after the other: embedding, blocks, head."""
     yield model.get_input_embeddings()
-    yield from model.get_submodule(block_path(model)).children()
+    yield from _blocks(model)
     head = model.get_output_embeddings()
     if head is not None:
         yield head
 
 
-def _let_go_after(module: nn.Module, *_: Any) -> None:
-    let_go(module)
+def _blocks(model: Any) -> list[nn.Module]:
+    """Members of the outermost lists: of all of them, whichever a recipe calls the blocks."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            found += module
+            inside |= set(module.modules())
+    return found
+
+
+def _take_turns(parts: Iterable[nn.Module]) -> None:
+    """Let go of the part that ran last when another begins: batch after batch reads a part once.
+
+    Copies of the model take turns with it: a function is not copied, and what it holds is weak.
+    """
+    ran: list[weakref.ref[nn.Module]] = []
+
+    def begin(part: nn.Module, _: Any) -> None:
+        last = ran.pop()() if ran else None
+        ran.append(weakref.ref(part))
+        if last is not None and last is not part:
+            let_go(last)
+
+    for part in parts:
+        part.register_forward_pre_hook(begin)
 
 
 def _low_rank_config(folder: Path, config: Any) -> LowRankConfig | None:

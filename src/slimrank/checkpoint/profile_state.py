@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from slimrank import processes
 from slimrank.checkpoint.durable import (
     LOCK,
     Frozen,
@@ -139,10 +140,11 @@ def removed_what_is_left(out: Path, recipe: str | None = None) -> bool:
 @final
 @dataclass(slots=True, eq=False)
 class ProfileState:
-    """The finished part of a profile, open to one process at a time.
+    """The finished part of a profile, open to one process at a time, or to those that share a run.
 
-    Made by `begin` or `resume`. As a context manager it lets other processes in again at the end,
-    and removes what it has begun if an error comes before any block is finished.
+    Of these the first one locks and writes, and the others come after it. Made by `begin` or
+    `resume`. As a context manager it lets other processes in again at the end, and removes what it
+    has begun if an error comes before any block is finished.
 
     Parameters
     ----------
@@ -171,6 +173,9 @@ class ProfileState:
             If there is an unfinished one, another process works on it, or the disk refuses.
         """
         folder = state_folder(out)
+        if not processes.is_first():
+            processes.wait()
+            return cls(out, folder, manifest, [], ExitStack(), False)
         with new_state_folder(out) as lock:
             require_no_unfinished_profile(out)
             remove_passing(folder)
@@ -178,6 +183,7 @@ class ProfileState:
                 raise CheckpointError(f"{folder} holds files but no {MANIFEST}; delete it")
             _remove_others(folder / TO_BE, set())
             write_durably(folder, MANIFEST, sealed(manifest))
+            processes.wait()
             return cls(out, folder, manifest, [], lock.pop_all(), True)
 
     @classmethod
@@ -190,14 +196,18 @@ class ProfileState:
             If another process works on it, or a file is missing, damaged or of another version.
         """
         folder = state_folder(out)
+        if not processes.is_first():
+            processes.wait()
+            manifest = read_sealed(folder / MANIFEST, ProfileRun, f"delete {folder}")
+            return cls(out, folder, manifest, _read_blocks(folder), ExitStack(), False)
         with locked(folder, out) as lock:
             manifest = read_sealed(folder / MANIFEST, ProfileRun, f"delete {folder}")
             remove_passing(folder)
             for path in folder.glob(".*"):  # activations that a killed process had spilled
                 shutil.rmtree(path, ignore_errors=True)
-            count = len(list(folder.glob("block-*.json")))
-            finished = [_read_block(folder, index) for index in range(count)]
+            finished = _read_blocks(folder)
             _remove_others(folder / TO_BE, {name for block in finished for name in block.files})
+            processes.wait()
             return cls(out, folder, manifest, finished, lock.pop_all(), False)
 
     def require(self, marks: Mapping[str, str]) -> None:
@@ -231,13 +241,20 @@ class ProfileState:
                 f"block {block.index} cannot be kept in {self.folder}: block "
                 f"{len(self.finished)} is next"
             )
+        if processes.is_first():
+            block = self._write(block, spectra)
+        processes.wait()
+        self.finished.append(block)
+
+    def _write(self, block: ProfiledBlock, spectra: dict[str, Tensor]) -> ProfiledBlock:
+        """Bring a block to the disk."""
         name = _spectra_file(block.index)
         digest = write_tensors(self.folder, name, spectra)[name]
         sync_all(self.folder / TO_BE, block.files)
         sync_all(self.folder, (name,))
         block = block.model_copy(update={"spectra": digest})
         write_durably(self.folder, _entry_file(block.index), sealed(block))
-        self.finished.append(block)
+        return block
 
     def spectra(self, index: int) -> dict[str, Tensor]:
         """Read the spectra of a finished block."""
@@ -280,6 +297,12 @@ class ProfileState:
                     remove_state_folder(self.folder, MANIFEST)
         finally:
             self._lock.close()
+
+
+def _read_blocks(folder: Path) -> list[ProfiledBlock]:
+    """Read the entries of all blocks, and check their files."""
+    count = len(list(folder.glob("block-*.json")))
+    return [_read_block(folder, index) for index in range(count)]
 
 
 def _read_block(folder: Path, index: int) -> ProfiledBlock:

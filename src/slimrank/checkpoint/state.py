@@ -16,6 +16,7 @@ from typing import final
 
 from torch import Tensor
 
+from slimrank import processes
 from slimrank.checkpoint.durable import (
     LOCK,
     locked,
@@ -28,6 +29,7 @@ from slimrank.checkpoint.finished import (
     FinishedBlock,
     files_of,
     read_all_finished,
+    read_finished,
     read_tensors,
     write_finished,
 )
@@ -96,10 +98,11 @@ def removed_what_is_left(out: Path, recipe_fingerprint: str) -> bool:
 @final
 @dataclass(slots=True, eq=False)
 class RunState:
-    """The finished part of a run, open to one process at a time.
+    """The finished part of a run, open to one process at a time, or to those that share a run.
 
-    Made by `begin` or `resume`; `close`, or leaving it as a context manager, lets other processes
-    in again. A killed process needs neither.
+    Of these the first one locks and writes, and the others come after it. Made by `begin` or
+    `resume`; `close`, or leaving it as a context manager, lets other processes in again. A killed
+    process needs neither.
 
     Parameters
     ----------
@@ -130,12 +133,16 @@ class RunState:
             If there is an unfinished run, another process works on it, or the disk refuses.
         """
         folder = state_folder(out)
+        if not processes.is_first():
+            processes.wait()
+            return cls(folder, manifest, [], ExitStack())
         with new_state_folder(out) as lock:
             require_no_run(out)
             remove_passing(folder)
             if any(path.name != LOCK for path in folder.iterdir()):
                 raise CheckpointError(f"{folder} holds files but no {MANIFEST}; delete it")
             write_durably(folder, MANIFEST, sealed(manifest))
+            processes.wait()
             return cls(folder, manifest, [], lock.pop_all())
 
     @classmethod
@@ -156,6 +163,10 @@ class RunState:
         folder = state_folder(out)
         if not folder.is_dir():
             raise CheckpointError(f"there is no unfinished run for {out}; start without --resume")
+        if not processes.is_first():
+            processes.wait()
+            manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
+            return cls(folder, manifest, read_all_finished(folder), ExitStack())
         with locked(folder, out) as lock:
             if not has_run(out):
                 raise CheckpointError(
@@ -165,6 +176,7 @@ class RunState:
             remove_passing(folder)
             _remove_passing_folders(folder)
             finished = read_all_finished(folder)
+            processes.wait()
             return cls(folder, manifest, finished, lock.pop_all())
 
     def require(
@@ -226,9 +238,7 @@ class RunState:
             If the disk is full or refuses.
         """
         chosen = {"ranks": dict(ranks), "allocation": allocation, "warnings": tuple(warnings)}
-        manifest = self.manifest.model_copy(update=chosen)
-        write_durably(self.folder, MANIFEST, sealed(manifest))
-        self.manifest = manifest
+        self._write(self.manifest.model_copy(update=chosen))
 
     def settle_generated(self, fingerprint: str) -> None:
         """Keep of which generated sequences the run is, or see that it is of these.
@@ -251,8 +261,11 @@ class RunState:
                 f"the unfinished run in {self.folder} was begun with other generated sequences; go "
                 "on where, and with the --batch-size, it was begun, or delete it"
             )
-        manifest = self.manifest.model_copy(update={"generated_fingerprint": fingerprint})
-        write_durably(self.folder, MANIFEST, sealed(manifest))
+        self._write(self.manifest.model_copy(update={"generated_fingerprint": fingerprint}))
+
+    def _write(self, manifest: RunManifest) -> None:
+        """Let another manifest count."""
+        processes.alone(lambda: write_durably(self.folder, MANIFEST, sealed(manifest)))
         self.manifest = manifest
 
     def drop_profile(self) -> None:
@@ -263,8 +276,9 @@ class RunState:
         CheckpointError
             If the disk refuses.
         """
+        processes.wait()  # until nobody reads it
         try:
-            if self.profile.exists():
+            if processes.is_first() and self.profile.exists():
                 shutil.rmtree(self.profile)
         except OSError as error:
             raise CheckpointError(f"cannot remove {self.profile}: {error.strerror}") from error
@@ -299,7 +313,13 @@ class RunState:
             raise CheckpointError(
                 f"block {index} cannot be kept in {self.folder}: block {len(self.finished)} is next"
             )
-        self.finished.append(write_finished(self.folder, index, tensors, linears, block, warnings))
+        if processes.is_first():
+            entry = write_finished(self.folder, index, tensors, linears, block, warnings)
+            processes.wait()
+        else:
+            processes.wait()
+            entry = read_finished(self.folder, index)
+        self.finished.append(entry)
 
     def load(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a finished block, on the CPU and bit for bit as they were saved.
@@ -321,6 +341,8 @@ class RunState:
         CheckpointError
             If the disk refuses.
         """
+        if not processes.is_first():
+            return
         backwards = [name for entry in reversed(self.finished) for name in files_of(entry)]
         try:
             remove_state_folder(self.folder, MANIFEST, backwards)

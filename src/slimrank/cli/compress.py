@@ -1,5 +1,6 @@
 """``slimrank compress``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,7 @@ from slimrank.report import (
 GO_ON = "finished blocks are kept; go on: slimrank compress … --resume"
 
 
-@friendly
+@partial(friendly, is_shared=True)
 def compress_command(
     model: opt.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],

@@ -159,8 +159,8 @@ ResumeProfile = Annotated[
 Memory = Annotated[
     float | None,
     typer.Option(
-        help="Gigabytes of activations that a sequential run holds in memory; the rest goes to "
-        "disk, beside OUT. [default: no limit]",
+        help="Gigabytes of activations, and of statistics kept to the end, to hold in memory; the "
+        "rest goes to disk, beside OUT. [default: no limit]",
         min=0,
     ),
 ]

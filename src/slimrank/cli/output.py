@@ -1,12 +1,14 @@
 """What all commands print alike: errors in one line, progress on stderr, tables."""
 
 import functools
+import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -23,7 +25,8 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import slimrank
-from slimrank.errors import SlimrankError, SlimrankWarning, in_one_line
+from slimrank import processes
+from slimrank.errors import ProcessError, SlimrankError, SlimrankWarning, in_one_line
 from slimrank.report import SizeReport
 
 P = ParamSpec("P")
@@ -35,10 +38,17 @@ ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 REPEATS = 5.0  # seconds in which schedulers send SIGTERM again
 
 
-def friendly(command: Callable[P, R]) -> Callable[P, R]:
+def friendly(command: Callable[P, R], *, is_shared: bool = False) -> Callable[P, R]:
     """Turn our errors and those of the disk into one line and exit code 1.
 
-    Ctrl-C is one line and exit code 130, SIGTERM one line and 143.
+    Ctrl-C is one line and exit code 130, SIGTERM one line and 143. Of several processes only the
+    first one prints, but for errors; a command that they cannot share ends.
+
+    Parameters
+    ----------
+    command : callable
+    is_shared : bool
+        Whether several processes may share it.
     """
 
     @functools.wraps(command)
@@ -50,14 +60,16 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
             warnings.simplefilter("always", SlimrankWarning)
             warnings.showwarning = _show_warning
             try:
-                return command(*args, **kwargs)
+                with _own_voice(is_shared):
+                    return command(*args, **kwargs)
             except SlimrankError as error:
-                _say("error", str(error))
+                _say("error", _told_by(str(error)))
             except OSError as error:
-                _say("error", f"{error.filename or 'the disk'}: {error.strerror or error}")
+                line = f"{error.filename or 'the disk'}: {error.strerror or error}"
+                _say("error", _told_by(line))
             except KeyboardInterrupt as error:
                 number = received[0] if received else signal.SIGINT
-                _say(ENDED[number], str(error) or "nothing was kept")
+                _say(ENDED[number], _told_by(str(error) or "nothing was kept"))
                 raise typer.Exit(128 + number) from None
         raise typer.Exit(1)
 
@@ -65,8 +77,31 @@ def friendly(command: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
+def _own_voice(is_shared: bool) -> Iterator[None]:
+    """Let only the first of several processes speak, and refuse what they cannot share."""
+    number, count = processes.to_be()
+    if count > 1 and not is_shared:
+        raise SlimrankError(
+            "only compress and profile can be shared by processes; run this without torchrun"
+        )
+    if number == 0:
+        yield
+        return
+    stderr.quiet = True
+    warnings.simplefilter("ignore")
+    with Path(os.devnull).open("w") as nobody, redirect_stdout(nobody):
+        yield
+
+
+def _told_by(message: str) -> str:
+    """Say which process speaks, if there are several."""
+    number, count = processes.to_be()
+    return message if count == 1 else f"process {number} of {count}: {message}"
+
+
+@contextmanager
 def says_what_is_kept(how: Callable[[], str | None]) -> Iterator[None]:
-    """Around work that can be gone on with: what to say of it if it is interrupted.
+    """Around work that can be gone on with: what to say of it if it, or another process, is ended.
 
     Parameters
     ----------
@@ -78,11 +113,14 @@ def says_what_is_kept(how: Callable[[], str | None]) -> Iterator[None]:
     except KeyboardInterrupt:
         line = how()
         raise KeyboardInterrupt(*([] if line is None else [line])) from None
+    except ProcessError as error:
+        line = how()
+        raise ProcessError(str(error) if line is None else f"{error}; {line}") from error
 
 
 def say_if_it_begins(resume: bool, is_kept: bool) -> None:
     """Say that a run which may go on with an earlier one finds none."""
-    if resume and not is_kept:
+    if resume and not is_kept and processes.to_be()[0] == 0:
         _say("note", "nothing is kept of an earlier run; this one begins at the start")
 
 

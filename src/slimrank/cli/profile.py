@@ -1,5 +1,6 @@
 """``slimrank profile``."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ from slimrank.profiling import profile
 GO_ON = "finished blocks are kept; go on: slimrank profile … --resume"
 
 
-@friendly
+@partial(friendly, is_shared=True)
 def profile_command(
     model: opt.Model,
     out: Annotated[
@@ -55,6 +56,7 @@ def profile_command(
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     batch_size: opt.BatchSize = None,
+    memory: opt.Memory = None,
     stream: opt.Stream = False,
     resume: opt.ResumeProfile = False,
     recipe: opt.Recipe = None,
@@ -78,7 +80,10 @@ def profile_command(
     size = plan_profile(model, wanted, kv, spectra_only)
     less = "" if spectra_only else "; --spectra-only keeps less"
     stderr.print(f"the profile will take about {size / 1e9:.3f} GB{less}")
-    how = CompressionOptions(device=device, batch_size=batch_size, track=track, stream=stream)
+    limit = None if memory is None else int(memory * 1e9)
+    how = CompressionOptions(
+        device=device, batch_size=batch_size, memory=limit, track=track, stream=stream
+    )
     say_if_it_begins(resume, has_unfinished_profile(out) or out.exists())
     with says_what_is_kept(lambda: GO_ON if has_unfinished_profile(out) else None):
         found = profile(

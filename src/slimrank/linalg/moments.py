@@ -4,6 +4,8 @@ The layout is PyTorch's: activations are ``(tokens, features)``. "Second moment"
 mean of ``x xᵀ`` over tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -250,7 +252,37 @@ def add_product(sums: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == sums.dtype and left.device == sums.device:
         sums.addmm_(left.mT, right)
     else:
-        sums.add_((left.mT @ right).to(sums.device))
+        with whole_float32():
+            product = left.mT @ right
+        sums.add_(product.to(sums.device))
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Multiply float32 as it is, also where a caller has let torch round it to TF32 or bfloat16.
+
+    Examples
+    --------
+    >>> torch.set_float32_matmul_precision("high")
+    >>> with whole_float32():
+    ...     torch.backends.cuda.matmul.fp32_precision
+    'ieee'
+    >>> torch.backends.cuda.matmul.fp32_precision
+    'tf32'
+    >>> torch.set_float32_matmul_precision("highest")
+    """
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    if not {"tf32", "bf16"} & set(before):
+        yield
+        return
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def heavy_tokens(norms: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import warnings
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from slimrank import processes
 from slimrank.errors import NumericalWarning, RecipeError
 from slimrank.nn import LowRankLinear
 from slimrank.recipe import RefineRecipe
@@ -120,6 +121,7 @@ def refine_block(
                 break
         if kept < len(epochs):
             set_values(trained, values)
+        processes.equalise(trained)
     return RefinementReport(
         loss=settings.loss,
         start_loss=start_loss,

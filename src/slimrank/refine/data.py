@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from slimrank import processes
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -40,11 +42,11 @@ class BlockData(Protocol):
 
     @property
     def num_sequences(self) -> int:
-        """How many there are; they are numbered from 0."""
+        """How many all processes have; they are numbered from 0."""
         ...
 
     def micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
-        """Exactly these sequences, a few at once, the same at every call."""
+        """Those of these sequences that this process has, a few at once, the same at every call."""
         ...
 
 
@@ -64,18 +66,46 @@ def target_variance(data: BlockData) -> float:
     float
         0.0 exactly if all elements are equal or there are none; not finite if an element is not.
     """
-    elements, mean, squares = 0, 0.0, 0.0
-    low, high = math.inf, -math.inf
+    own = _Spread()
     for batch in data.micro_batches(range(data.num_sequences)):
         targets = batch.targets.double()
-        new = targets.numel()
-        new_variance, new_mean = (float(part) for part in torch.var_mean(targets, correction=0))
-        elements += new
-        gap = new_mean - mean
-        mean += gap * new / elements
-        squares += new * new_variance + gap**2 * new * (elements - new) / elements
-        low, high = min(low, float(targets.min())), max(high, float(targets.max()))
-    return 0.0 if elements == 0 or low == high else squares / elements
+        variance, mean = (float(part) for part in torch.var_mean(targets, correction=0))
+        count = targets.numel()
+        ends = float(targets.min()), float(targets.max())
+        own = own.merged(_Spread(float(count), mean, count * variance, *ends))
+    every = own
+    if processes.count() > 1:
+        every = _Spread()
+        for spread in processes.gathered(*astuple(own)):
+            every = every.merged(_Spread(*spread))
+    if every.elements == 0 or every.low == every.high:
+        return 0.0
+    return every.squares / every.elements
+
+
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """Of some elements: how many, their mean, sum of squares about it, and ends."""
+
+    elements: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def merged(self, new: "_Spread") -> "_Spread":
+        """Of both."""
+        elements = self.elements + new.elements
+        if elements == 0:
+            return self
+        gap = new.mean - self.mean
+        return _Spread(
+            elements,
+            self.mean + gap * new.elements / elements,
+            self.squares + new.squares + gap**2 * new.elements * self.elements / elements,
+            min(self.low, new.low),
+            max(self.high, new.high),
+        )
 
 
 @torch.no_grad()
@@ -103,11 +133,13 @@ def metric_variance(data: BlockData, root: Float[Tensor, "hidden hidden"]) -> fl
         elements += batch.targets.numel()
         low = min(low, float(batch.targets.min()))
         high = max(high, float(batch.targets.max()))
-    if elements == 0 or low == high:
+    total, count = processes.sums(math.fsum(sums), elements)
+    negative_low, high = processes.largest([-low, high])
+    if count == 0 or -negative_low == high:
         return 0.0
-    if not all(map(math.isfinite, sums)):
+    if not math.isfinite(total):
         return math.nan
-    mean = math.fsum(sums) / elements
+    mean = total / count
     squares = (
         float(
             ((batch.targets.double() - mean) @ root.to(batch.targets.device).double())
@@ -116,4 +148,4 @@ def metric_variance(data: BlockData, root: Float[Tensor, "hidden hidden"]) -> fl
         )
         for batch in data.micro_batches(every)
     )
-    return math.fsum(squares) / elements
+    return processes.sums(math.fsum(squares))[0] / count

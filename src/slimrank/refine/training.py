@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from slimrank import processes
 from slimrank.errors import NumericalError
 from slimrank.recipe import RefineRecipe
 from slimrank.refine.data import BlockData
@@ -84,12 +85,13 @@ class BlockTraining:
     @torch.no_grad()
     def loss(self, data: BlockData) -> float:
         """Of the parameters as they are, on all sequences of `data`."""
-        totals, elements = [], 0
+        totals, own = [], 0
         for batch in data.micro_batches(range(data.num_sequences)):
-            total, new = self._measure.total(self._block, batch)
-            totals.append(float(total))
-            elements += new
-        loss = math.fsum(totals) / elements / self._measure.unit if elements else math.nan
+            found, new = self._measure.total(self._block, batch)
+            totals.append(float(found))
+            own += new
+        total, elements = processes.sums(math.fsum(totals), own)
+        loss = total / elements / self._measure.unit if elements else math.nan
         if not math.isfinite(loss):
             raise NumericalError(
                 f"training {self._what}: the loss on {data.num_sequences} sequences is "
@@ -104,13 +106,13 @@ class BlockTraining:
         if self._settings.shuffle:
             sequences = torch.randperm(len(sequences), generator=self._generator).tolist()
         size = self._settings.batch_sequences
-        total, elements = 0.0, 0
+        total, elements = 0.0, 0.0
         for start in range(0, len(sequences), size):
             step_total, step_elements = self._train_step(sequences[start : start + size])
             total, elements = total + step_total, elements + step_elements
         return total / elements / self._measure.unit
 
-    def _train_step(self, sequences: Sequence[int]) -> tuple[float, int]:
+    def _train_step(self, sequences: Sequence[int]) -> tuple[float, float]:
         total, elements = self._accumulate(sequences)
         norm = nn.utils.clip_grad_norm_(self._trained, self._settings.clip_norm or math.inf)
         if not (math.isfinite(total) and math.isfinite(float(norm))):
@@ -128,20 +130,37 @@ class BlockTraining:
         self._step += 1
         return total, elements
 
-    def _accumulate(self, sequences: Sequence[int]) -> tuple[float, int]:
+    def _accumulate(self, sequences: Sequence[int]) -> tuple[float, float]:
         """Sum the gradients of all micro-batches, then divide: as if they were one batch."""
-        totals, elements = [], 0
+        totals, own = [], 0
         for batch in self._calibration.micro_batches(sequences):
             with torch.enable_grad():
-                total, new = self._measure.total(self._block, batch)
-                torch.autograd.backward(total)
-            totals.append(float(total.detach()))
-            elements += new
+                found, new = self._measure.total(self._block, batch)
+                torch.autograd.backward(found)
+            totals.append(float(found.detach()))
+            own += new
+        total, elements = processes.sums(math.fsum(totals), own)
+        _add_gradients_up(self._trained)
         scale = elements * (self._measure.unit if self._settings.scale_loss else 1.0)
         for parameter in self._trained:
             if parameter.grad is not None:  # an expert that no token of this step reached has none
                 parameter.grad.div_(scale)
-        return math.fsum(totals), elements
+        return total, elements
+
+
+def _add_gradients_up(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum them over all processes; those that none of them has stay away."""
+    if processes.count() == 1:
+        return
+    known = processes.largest([float(parameter.grad is not None) for parameter in parameters])
+    trained = [p for p, is_known in zip(parameters, known, strict=True) if is_known]
+    if not trained:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    sums = processes.add_up(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = torch.split(sums, [p.numel() for p in trained])
+    for parameter, part in zip(trained, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def _seed(seed: int, index: int) -> int:

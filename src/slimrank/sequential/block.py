@@ -3,13 +3,23 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from slimrank import processes
 from slimrank.allocation import RankPlan, greedy
-from slimrank.blockwise import Solved, solve, truncate
+from slimrank.apart import made_apart
+from slimrank.blockwise import (
+    Replacement,
+    Solved,
+    joint_gaps,
+    replacements_apart,
+    solve,
+    truncate,
+)
 from slimrank.calibration import (
     SHIFTED,
     BlockPair,
@@ -128,12 +138,12 @@ class BlockInTurn:
             before = pass_shifted(pair, solved, self.streams)
         after, refinement = before, None
         if self.recipe.refines and solved:
-            held_out = SequenceData(pair, self.streams, self.streams.held_out)
+            held_out = SequenceData(pair, self.streams, is_held_out=True)
             with self.clock.phase("refine"):
                 refinement = refine_block(
                     pair.compressed,
-                    SequenceData(pair, self.streams, self.streams.calibration),
-                    held_out if self.streams.held_out else None,
+                    SequenceData(pair, self.streams),
+                    held_out if held_out.num_sequences else None,
                     self.recipe.refine,
                     self.index,
                     self._output_metric(),
@@ -165,23 +175,34 @@ class BlockInTurn:
         """Solve the linears of a group, hold them against tokens, and replace them."""
         split: Literal["orthonormal", "balanced"]
         split = "balanced" if self.recipe.refines else "orthonormal"
-        last = None
-        if moments is not None and moments[1].tokens:
-            with self.clock.phase("check"):
-                last = LastTokens.of(group, method, self.streams, moments[1], self.device)
-        for site in group.sites:
+
+        def make(site: LinearSite) -> Replacement:
             rank = self.walk.ranks.ranks[site.name]
             assert rank is not None
-            with self.clock.phase("solve"):
-                solved = self._solve(site, rank, method, shown, moments)
-                layer, report = truncate(self.model, site, rank, solved, method, split)
-            if last is not None:
-                weight = self.model.get_submodule(site.name).weight
-                with self.clock.phase("check"):
-                    gap = last.check(site.name, weight, layer, method)
-                report = report.model_copy(update={"token_check": gap})
-            self.walk.linears[site.name] = report
-            replace_linear(self.model, site.name, layer)
+            solved = self._solve(site, rank, method, shown, moments)
+            return truncate(self.model, site, rank, solved, method, split)
+
+        with self.clock.phase("solve"):
+            made = replacements_apart(self.model, group.sites, make)
+        gaps: dict[str, float] = {}
+        if moments is not None:
+            with self.clock.phase("check"):
+                gaps = self._gaps(group, method, moments[1], made)
+        for name, (layer, report) in made.items():
+            self.walk.linears[name] = report.model_copy(update={"token_check": gaps.get(name)})
+            replace_linear(self.model, name, layer)
+
+    def _gaps(
+        self, group: InputGroup, method: Method, moments: Moments, made: Mapping[str, Replacement]
+    ) -> dict[str, float]:
+        """Hold the layers of a group against the last own tokens, where they saw any."""
+        gaps: dict[str, float] = {}
+        if moments.tokens:
+            last = LastTokens.of(group, method, self.streams, moments, self.device)
+            for name, (layer, _) in made.items():
+                weight = self.model.get_submodule(name).weight
+                gaps[name] = last.check(name, weight, layer, method)
+        return joint_gaps(gaps, list(made))
 
     def _solve(
         self,
@@ -218,19 +239,15 @@ class BlockInTurn:
         spectra: dict[str, Tensor] = {}
         with self.clock.phase("solve"):
             for group in self.groups:
-                for site in group.sites:
-                    found = self._solve(site, 1, method, shown, known.get(group.sites[0].name))
-                    spectra[site.name] = found.decomposition.singular_values
-        numbers = next(self.streams.groups(self.streams.calibration))
-        seed = self.recipe.calibration.seed * 1_000_003 + self.index
+                moments = known.get(group.sites[0].name)
+                spectra |= made_apart(
+                    group.sites,
+                    partial(self._spectrum, method=method, shown=shown, moments=moments),
+                    lambda spectrum: ("", {"spectrum": spectrum}),
+                    lambda _site, _text, tensors: tensors["spectrum"].to(self.device),
+                )
         with self.clock.phase("sensitivity"):
-            gains = output_sensitivity(
-                pair.compressed,
-                {site.name: self.model.get_submodule(site.name) for site in self.sites},
-                stacked(self.streams.store, (SHIFTED,), numbers).to(self.device),
-                self.streams.call(self.index, numbers),
-                torch.Generator().manual_seed(seed % 2**63),
-            )
+            gains = self._gains(pair)
         ranks, shapes = self.walk.ranks.ranks, [site.shape for site in self.sites]
         budget = self.recipe.budget.budget()
         shared = greedy(
@@ -243,3 +260,36 @@ class BlockInTurn:
             fixed={name: rank for name, rank in fixed.items() if name in spectra},
         )
         self.walk.ranks = RankPlan({**ranks, **shared})
+
+    def _spectrum(
+        self, site: LinearSite, method: Method, shown: OriginalPass, moments: Pair | None
+    ) -> Tensor:
+        return self._solve(site, 1, method, shown, moments).decomposition.singular_values
+
+    def _gains(self, pair: BlockPair) -> dict[str, float]:
+        """Gains from the linears to the block's output, on the first calibration sequences."""
+        streams, names = self.streams, [site.name for site in self.sites]
+        seed = (self.recipe.calibration.seed * 1_000_003 + self.index) % 2**63
+        linears = {name: self.model.get_submodule(name) for name in names}
+
+        def gains(numbers: list[int], row: tuple[int, int] | None = None) -> dict[str, float]:
+            return output_sensitivity(
+                pair.compressed,
+                linears,
+                stacked(streams.store, (SHIFTED,), numbers).to(self.device),
+                streams.call(self.index, numbers),
+                torch.Generator().manual_seed(seed),
+                row=row,
+            )
+
+        if processes.count() == 1:
+            return gains(next(streams.groups(streams.calibration)))
+        size = min(streams.size, streams.in_all[0])
+        own = [
+            number
+            for number in streams.own(range(size))
+            if streams.lengths[number] == streams.first_length
+        ]
+        found = [gains([number], (streams.place(number), size)) for number in own]
+        totals = processes.sums(len(own), *(sum(one[name] for one in found) for name in names))
+        return {name: total / totals[0] for name, total in zip(names, totals[1:], strict=True)}

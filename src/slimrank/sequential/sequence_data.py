@@ -16,24 +16,25 @@ class SequenceData:
     pair : BlockPair
     streams : Streams
         Both have passed the original block.
-    sequences : range
-        Of the streams.
+    is_held_out : bool
+        Whether they are the held-out ones.
     """
 
     pair: BlockPair
     streams: Streams
-    sequences: range
+    is_held_out: bool = False
 
     @property
     def num_sequences(self) -> int:
-        """How many there are."""
-        return len(self.sequences)
+        """How many all processes have."""
+        return self.streams.in_all[self.is_held_out]
 
     def micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
-        """Give those sequences, a few at a time, on the device of the block."""
+        """Give the own ones of those sequences, a few at a time, on the device of the block."""
         device = next(self.pair.compressed.parameters()).device
         store = self.streams.store
-        for numbers in self.streams.groups(self.sequences[number] for number in sequences):
+        own = self.streams.own(sequences, self.streams.num_calibration * self.is_held_out)
+        for numbers in self.streams.groups(own):
             yield MicroBatch(
                 inputs=stacked(store, (SHIFTED,), numbers).to(device),
                 targets=stacked(store, (TARGET,), numbers).to(device),

@@ -1,0 +1,123 @@
+"""What processes that share a run tell one another."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from typer.testing import CliRunner
+
+import slimrank
+from slimrank import processes
+from slimrank.cli import app
+from slimrank.errors import ModelError
+from tiny.together import ended_together, run_together
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool]
+
+
+def test_alone_nothing_is_sent():
+    assert (processes.number(), processes.count(), processes.is_first()) == (0, 1, True)
+    tensor = torch.ones(2)
+    assert processes.add_up(tensor) is tensor
+    processes.wait()
+    assert processes.agreed(True)
+    assert processes.own_device("cuda:3") == "cuda:3"
+
+
+def test_a_device_without_float64_is_refused(make_model, make_recipe, windows):
+    options = slimrank.CompressionOptions(device="mps")
+    with pytest.raises(ModelError, match="MPS has no float64, which moments and solves are in"):
+        slimrank.compress(make_model("llama"), make_recipe(), windows=windows, options=options)
+
+
+def test_sums_and_largest_are_of_all(tmp_path):
+    def do(number):
+        assert (processes.number(), processes.count()) == (number, 3)
+        assert processes.is_first() == (number == 0)
+        assert processes.share("abcde") == [["a", "d"], ["b", "e"], ["c"]][number]
+        assert processes.sums(number, 0.5) == [3.0, 1.5]
+        assert processes.largest([number, -number]) == [2.0, 0.0]
+        assert processes.gathered(number, 7) == [[0.0, 7.0], [1.0, 7.0], [2.0, 7.0]]
+        whole = torch.full((2, 3), 1.0 + number)
+        assert processes.add_up(whole) is whole
+        assert torch.equal(whole, torch.full((2, 3), 6.0))
+        strided = torch.full((3, 2), 1.0 + number).mT
+        assert torch.equal(processes.add_up(strided), torch.full((2, 3), 6.0))
+
+    run_together(3, tmp_path, do)
+
+
+def test_what_one_has_goes_round_bit_for_bit(tmp_path):
+    sent = {str(dtype): torch.arange(6).view(2, 3).to(dtype).mT for dtype in DTYPES}
+    sent |= {"none": torch.empty(0, 4), "number": torch.tensor(1 / 3)}
+
+    def do(number):
+        text, found = processes.hand_round(f"told by {number}: é", sent if number == 1 else None, 1)
+        assert text == "told by 1: é"
+        assert found.keys() == sent.keys()
+        for name, tensor in sent.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), name
+        assert processes.agreed(number == 0)
+        assert not processes.agreed(number == 1)
+        own = [torch.full((2,), float(number)), torch.full((1,), 5.0 + number)]
+        processes.equalise(own)
+        assert [tensor.tolist() for tensor in own] == [[0.0, 0.0], [5.0]]
+
+    run_together(2, tmp_path, do)
+
+
+def test_only_the_first_does_what_is_done_alone(tmp_path):
+    def do(number):
+        processes.alone((tmp_path / f"done by {number}").touch)
+        assert [path.name for path in tmp_path.glob("done*")] == ["done by 0"]
+
+    run_together(2, tmp_path, do)
+
+
+def test_each_process_has_its_own_gpu(tmp_path):
+    def do(number):
+        assert processes.own_device(None) is None
+        assert processes.own_device("cpu") == "cpu"
+        with pytest.raises(ModelError, match="2 processes cannot share cuda:0"):
+            processes.own_device("cuda:0")
+        assert processes.own_device("cuda") == "cuda:0"  # none is here: one for all
+
+    run_together(2, tmp_path, do)
+
+
+def test_one_that_ends_is_told_by_the_others(tmp_path):
+    def do(number):
+        if number == 1:
+            raise SystemExit
+        processes.wait()
+
+    codes, told = ended_together(2, tmp_path, do)
+    assert codes == [1, 1]
+    assert "slimrank.errors.ProcessError: another process has ended" in told
+
+
+def test_what_torchrun_says_counts_before_they_have_joined(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert processes.to_be() == (0, 1)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert processes.to_be() == (1, 3)
+
+
+def test_a_group_of_gpus_alone_is_told_from_one_that_has_the_cpu(monkeypatch):
+    tensor = torch.ones(1)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    assert processes._carried(tensor) is tensor
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")  # tensors on the CPU
+    monkeypatch.setattr(torch.Tensor, "to", lambda _self, device: torch.full((1,), len(device)))
+    assert processes._carried(tensor).tolist() == [len("cuda")]
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect", "evaluate"])
+def test_what_cannot_be_shared_says_so(command, monkeypatch, tmp_path):
+    for name in processes.OF_TORCHRUN:
+        monkeypatch.setenv(name, "2")
+    result = CliRunner().invoke(app, [command, str(tmp_path)])
+    assert result.exit_code == 1
+    line = "error: process 2 of 2: only compress and profile can be shared by processes; run this"
+    assert line in result.stderr
