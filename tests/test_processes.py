@@ -1,14 +1,15 @@
 """What processes that share a run tell one another."""
 
+import os
+
 import pytest
 import torch
-import torch.distributed as dist
 from typer.testing import CliRunner
 
 import slimrank
 from slimrank import processes
 from slimrank.cli import app
-from slimrank.errors import ModelError
+from slimrank.errors import ModelError, ProcessError
 from tiny.together import ended_together, run_together
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool]
@@ -74,13 +75,38 @@ def test_only_the_first_does_what_is_done_alone(tmp_path):
     run_together(2, tmp_path, do)
 
 
-def test_each_process_has_its_own_gpu(tmp_path):
+def test_each_process_has_its_own_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
     def do(number):
+        os.environ["LOCAL_RANK"] = str(2 + number)
         assert processes.own_device(None) is None
         assert processes.own_device("cpu") == "cpu"
         with pytest.raises(ModelError, match="2 processes cannot share cuda:0"):
             processes.own_device("cuda:0")
-        assert processes.own_device("cuda") == "cuda:0"  # none is here: one for all
+        assert processes.own_device("cuda") == f"cuda:{number}"
+
+    run_together(2, tmp_path, do)
+
+
+def test_a_group_of_the_callers_is_joined_by_one_of_our_own(tmp_path):
+    def do(number):
+        for _ in range(2):
+            processes.join()
+            assert processes.sums(number) == [1.0]
+        assert len(processes._GROUPS) == 1
+
+    run_together(2, tmp_path, do)
+
+
+def test_who_has_something_else_than_the_first_is_told(tmp_path):
+    def do(number):
+        values = {"recipe": "same", "model": str(number)}
+        if number == 0:
+            processes.require_same(values)
+        else:
+            with pytest.raises(ProcessError, match="another model than the first one"):
+                processes.require_same(values)
 
     run_together(2, tmp_path, do)
 
@@ -102,15 +128,6 @@ def test_what_torchrun_says_counts_before_they_have_joined(monkeypatch):
     assert processes.to_be() == (0, 1)
     monkeypatch.setenv("MASTER_PORT", "1")
     assert processes.to_be() == (1, 3)
-
-
-def test_a_group_of_gpus_alone_is_told_from_one_that_has_the_cpu(monkeypatch):
-    tensor = torch.ones(1)
-    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
-    assert processes._carried(tensor) is tensor
-    monkeypatch.setattr(dist, "get_backend_config", lambda: "cuda:nccl")  # tensors on the CPU
-    monkeypatch.setattr(torch.Tensor, "to", lambda _self, device: torch.full((1,), len(device)))
-    assert processes._carried(tensor).tolist() == [len("cuda")]
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect", "evaluate"])

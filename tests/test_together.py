@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slimrank
-from interrupted import stopping
-from slimrank import CompressionOptions, processes
-from slimrank.checkpoint import state_folder
-from slimrank.errors import NumericalWarning, TextError
+from interrupted import blocks_kept, stopping
+from slimrank import CompressionOptions, TokenWindows, processes
+from slimrank.checkpoint import RunState, state_folder
+from slimrank.errors import CheckpointError, NumericalWarning, TextError
 from tiny.together import ended_together, run_together
 
 RECIPES = {
@@ -44,7 +44,10 @@ ROUNDING = 1e-4  # of the largest entry: float32 moments in another order, throu
 @pytest.fixture(scope="module")
 def made(make_model, make_recipe, make_windows, tmp_path_factory):
     """`made(name, count)` gives weights and report of each process; all recipes are run at once."""
-    windows, known = make_windows(7), {}
+    lengths, known = (24, 17, 24, 24, 30, 24, 24), {}
+    windows = TokenWindows(
+        tuple(make_windows(1, n, seed=seed).windows[0] for seed, n in enumerate(lengths))
+    )
 
     def run(count):
         folder = tmp_path_factory.mktemp(f"of {count}")
@@ -57,7 +60,8 @@ def made(make_model, make_recipe, make_windows, tmp_path_factory):
                 sample = recipe.calibration.model_copy(update={"held_out_sequences": 1})
                 recipe = recipe.model_copy(update={"calibration": sample})
                 model = make_model("llama")
-                report = slimrank.compress(model, recipe, windows=windows)
+                how = CompressionOptions(batch_size=4)
+                report = slimrank.compress(model, recipe, windows=windows, options=how)
                 tensors = {name: t.clone() for name, t in model.state_dict().items()}
                 save_file(tensors, folder / f"{place} of {number}.safetensors")
                 (folder / f"{place} of {number}.json").write_text(report.model_dump_json())
@@ -117,7 +121,7 @@ def test_ranks_and_weights_are_those_of_one_process(made, name, count):
 def test_experts_that_some_processes_never_see(
     make_experts_model, make_recipe, make_windows, tmp_path
 ):
-    recipe, windows = make_recipe(method="swift-svd"), make_windows(3, length=3)
+    recipe, windows = make_recipe(method="swift-svd"), make_windows(3, length=1)  # two of four
 
     def do(number):
         model = make_experts_model()
@@ -125,7 +129,8 @@ def test_experts_that_some_processes_never_see(
         tensors = {name: t.clone() for name, t in model.state_dict().items()}
         save_file(tensors, tmp_path / f"{processes.count()} {number}.safetensors")
         seen = [linear.tokens for linear in report.linears if "experts" in linear.name]
-        assert min(seen) < windows.tokens
+        assert len(seen) == 2 * 3 * 4
+        assert sum(seen) == 3 * 2 * 2 * windows.tokens
 
     run_together(1, tmp_path / "alone", do)
     run_together(3, tmp_path / "together", do)
@@ -225,6 +230,67 @@ def test_an_error_of_one_process_leaves_nothing(make_folder, make_recipe, tmp_pa
     assert not list(out.iterdir())
 
 
+def test_the_first_block_is_kept_though_another_process_dies_meanwhile(
+    make_folder, make_recipe, tmp_path, monkeypatch
+):
+    folder, recipe, out = make_folder("llama"), make_recipe(method="swift-svd"), tmp_path / "out"
+
+    def do(number):
+        if number == 1:
+            monkeypatch.setattr(RunState, "save", lambda *_a, **_k: os._exit(9))
+        slimrank.compress(folder, recipe, out=out)
+
+    codes, _ = ended_together(2, tmp_path / "meeting", do)
+    assert codes == [1, 9]
+    assert blocks_kept(out) == 1
+
+
+def test_a_profile_of_which_only_the_end_was_left_goes_on(
+    make_folder, make_recipe, tmp_path, monkeypatch
+):
+    folder, recipe, out = make_folder("llama"), make_recipe(method="swift-svd"), tmp_path / "out"
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slimrank.profiling, "write_manifest", fail)
+        with pytest.raises(CheckpointError, match="go on with"):
+            slimrank.profile(folder, recipe, out)
+
+    def go_on(_number):
+        with pytest.warns(NumericalWarning, match="processes 1 -> 2"):
+            assert slimrank.profile(folder, recipe, out, resume=True).linears
+
+    run_together(2, tmp_path / "meeting", go_on)
+    assert not state_folder(out).exists()
+
+
+def test_streamed_weights_are_shared_too(make_folder, make_recipe, tmp_path):
+    folder, recipe = make_folder("llama"), make_recipe(method="swift-svd")
+    slimrank.compress(folder, recipe, out=tmp_path / "alone")
+    how = CompressionOptions(stream=True, memory=0)
+
+    def do(_number):
+        slimrank.compress(folder, recipe, out=tmp_path / "out", options=how)
+
+    run_together(2, tmp_path / "meeting", do)
+    names = [tmp_path / name / "model.safetensors" for name in ("out", "alone")]
+    assert_close(*map(load_file, names))
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "out", "meeting"}
+
+
+def test_other_windows_than_the_first_ones_are_refused(make_model, make_recipe, windows, tmp_path):
+    own = [TokenWindows(windows.windows[n::2]) for n in (0, 1)]
+
+    def do(number):
+        slimrank.compress(make_model("llama"), make_recipe(method="swift-svd"), windows=own[number])
+
+    codes, told = ended_together(2, tmp_path, do)
+    assert codes == [1, 1]
+    assert "this process has another text than the first one; give all the same" in told
+
+
 def test_another_model_than_the_first_ones_is_refused(make_folder, make_recipe, tmp_path):
     folders = [make_folder("llama", seed=seed) for seed in (0, 1)]
 
@@ -264,5 +330,5 @@ def test_torchrun_starts_the_command(make_folder, text_file, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout)["environment"]["processes"] == "2"
-    assert done.stderr.count("compressing") >= 1
+    assert done.stderr.count("compressing") == 1
     assert slimrank.load(out)

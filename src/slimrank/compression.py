@@ -112,20 +112,20 @@ def compress(
             job = Job(recipe, out, tokenizer, windows, options, resume, stack)
             done = _factorise(model, job, profile)
         report = done.report.model_copy(update={"warnings": tuple(messages)})
-        return report if out is None else _write(done, report, Path(out))
+        report = report if out is None else _write(done, report, Path(out))
+    if processes.count() == 1:
+        return report
+    return CompressionReport.model_validate_json(processes.hand_round(report.model_dump_json())[0])
 
 
 def _write(done: "_Done", report: CompressionReport, out: Path) -> CompressionReport:
     """Write the folder; let go of what was kept of the run."""
     processes.wait()  # until nobody reads what was kept
-    if not processes.is_first():
-        processes.wait()
-        return read_report(out)
-    passing = done.state.folder if done.state else None
-    report = write_folder(done.model, done.tokenizer, out, report, done.probe, passing)
-    if done.state is not None:
-        done.state.remove()
-    processes.wait()
+    if processes.is_first():
+        passing = done.state.folder if done.state else None
+        report = write_folder(done.model, done.tokenizer, out, report, done.probe, passing)
+        if done.state is not None:
+            done.state.remove()
     return report
 
 
@@ -172,6 +172,19 @@ def _is_kept(job: Job, from_profile: bool) -> bool:
     return is_kept and job.out is not None
 
 
+def _require_same(job: Job, source: ProfiledModel) -> None:
+    """See that all processes that share a run were given the same."""
+    if processes.count() > 1:
+        marks = {
+            "model": source.fingerprint,
+            "recipe": job.recipe.fingerprint(),
+            "text": job.windows.fingerprint() if job.windows else "",
+            "output": str(job.out),
+            "choice of how to run": str((job.options.batch_size, job.options.stream, job.resume)),
+        }
+        processes.require_same(marks)
+
+
 def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | None) -> _Done:
     """Load, plan, draw, walk the blocks, report: all but writing."""
     if job.out is None and not isinstance(model, nn.Module):
@@ -201,7 +214,9 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
     job = replace(job, tokenizer=tokenizer)
     recipe = job.recipe
     told_apart = opened is not None or recipe.allocation != "uniform" or is_kept
+    told_apart |= processes.count() > 1
     source = ProfiledModel(loaded, name, weights_fingerprint(loaded) if told_apart else "")
+    _require_same(job, source)
     split_alike = opened is not None and opened.manifest.for_kv_cache
     work = find_work(loaded, recipe, split_alike=split_alike)
     with work.put_back_on_error(loaded) if isinstance(model, nn.Module) else nullcontext():

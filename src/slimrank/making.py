@@ -291,6 +291,10 @@ def _passing_profile(
         own = job.stack.enter_context(passing)
         job.stack.enter_context(processes.until_all_are_done())
         path = Path(processes.hand_round(own)[0]) / "profile"
+        if not path.parent.is_dir():
+            raise CheckpointError(
+                "processes on several machines need an output on a disk that all of them see: out="
+            )
     else:
         path = job.state.profile
         if (known := finished_profile(job.state)) is not None:

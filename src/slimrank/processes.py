@@ -23,7 +23,10 @@ from slimrank.errors import ModelError, ProcessError
 
 T = TypeVar("T")
 
+MEETING = timedelta(minutes=10)
 PATIENCE = timedelta(days=7)  # one may solve, or search, for long; a dead one is noticed at once
+GROUP = "own"
+_GROUPS: dict[str, dist.ProcessGroup] = {}  # what exchanges go by; the default one until `join`
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -56,19 +59,22 @@ def to_be() -> tuple[int, int]:
 
 
 def join() -> None:
-    """Join the processes that torchrun has started, until this one ends; unless the caller has.
+    """Join the processes that torchrun has started, until this one ends; or those of the caller.
+
+    All of them must come here. What they exchange goes by gloo, from memory, in a group of its own.
 
     Raises
     ------
     ProcessError
-        If they cannot be reached.
+        If they cannot be reached within minutes.
     """
-    if count() > 1 or to_be()[1] == 1:
+    if to_be()[1] == 1 or GROUP in _GROUPS:
         return
-    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     with _reaching_all():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=PATIENCE)
-    atexit.register(_leave)
+        if count() == 1:
+            dist.init_process_group("gloo", timeout=MEETING)
+            atexit.register(_leave)
+        _GROUPS[GROUP] = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _leave() -> None:
@@ -96,7 +102,8 @@ def own_device(device: str | None) -> str | None:
         return device
     if device != "cuda":
         raise ModelError(f"{count()} processes cannot share {device}; say --device cuda")
-    return f"cuda:{os.environ.get('LOCAL_RANK', number() % max(torch.cuda.device_count(), 1))}"
+    own = int(os.environ.get("LOCAL_RANK", number()))
+    return f"cuda:{own % max(torch.cuda.device_count(), 1)}"
 
 
 def share(items: Sequence[T]) -> list[T]:
@@ -242,27 +249,18 @@ def equalise(tensors: Sequence[Tensor]) -> None:
 
 
 def _from(tensor: Tensor, source: int) -> Tensor:
-    carried = _carried(tensor)
     with _reaching_all():
-        dist.broadcast(carried, source)
-    return tensor if carried is tensor else tensor.copy_(carried)
+        dist.broadcast(tensor, source, _GROUPS.get(GROUP))
+    return tensor
 
 
 def _reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if count() == 1:
         return tensor
-    carried = _carried(tensor)
+    carried = tensor.cpu().contiguous()
     with _reaching_all():
-        dist.all_reduce(carried, operation)
+        dist.all_reduce(carried, operation, _GROUPS.get(GROUP))
     return tensor if carried is tensor else tensor.copy_(carried)
-
-
-def _carried(tensor: Tensor) -> Tensor:
-    """A tensor as the group can send it: itself, or a copy on a device that the group knows."""
-    known = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
-    if tensor.device.type in known:
-        return tensor.contiguous()
-    return tensor.to("cpu" if "cpu" in known else "cuda").contiguous()
 
 
 @contextmanager
@@ -270,6 +268,6 @@ def _reaching_all() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        raise ProcessError(
-            "another process has ended, or cannot be reached; see its own message"
-        ) from error
+        has_ended = "peer" in str(error)  # closed, or reset, by peer
+        why = "see its own message" if has_ended else str(error)
+        raise ProcessError(f"another process has ended, or cannot be reached: {why}") from error

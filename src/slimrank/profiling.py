@@ -224,6 +224,7 @@ def _begin_or_resume(
         "choice of --kv": "yes" if work.attentions else "no",
         "choice of --spectra-only": "yes" if spectra_only else "no",
     }
+    processes.require_same({**marks, "output": str(out)})
     if not processes.agreed(resume and has_unfinished_profile(out)):
         begun = ProfileState.begin(out, ProfileRun(marks=marks, versions=versions))
         return stack.enter_context(begun)
@@ -311,6 +312,7 @@ def write_profile(
         if writes:
             whole = state.renamed_when_done() if state else renamed_when_done(out)
             folder = stack.enter_context(whole)
+        stack.enter_context(processes.until_all_are_done())
         beside = (
             state.folder if state else out.parent
         )  # what a killed process spills is found there

@@ -1,6 +1,7 @@
 """Processes that share a run, as torchrun starts them; forked, so they are there at once."""
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,9 +37,14 @@ def ended_together(
     started = [context.Process(target=_child, args=(n, count, folder, do)) for n in range(count)]
     for process in started:
         process.start()
+    deadline = time.monotonic() + 150
     for process in started:
-        process.join(20)
-        process.kill()
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in started:
+        if process.is_alive():
+            (folder / f"{process.pid}.error").write_text("did not end")
+            process.kill()
+            process.join()
     told = [path.read_text() for path in sorted(folder.glob("*.error"))]
     return [process.exitcode for process in started], "\n".join(told)
 

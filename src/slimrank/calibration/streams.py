@@ -40,8 +40,8 @@ class Streams:
     in_all : tuple of int
         Calibration and held-out sequences of all processes. Those above are this one's own, and
         are numbered by themselves.
-    first_length : int
-        Tokens of the first of all.
+    all_lengths : tuple of int
+        Tokens of each calibration sequence of all processes.
     """
 
     store: ActivationStore
@@ -51,7 +51,7 @@ class Streams:
     num_calibration: int
     size: int
     in_all: tuple[int, int]
-    first_length: int
+    all_lengths: tuple[int, ...]
 
     @property
     def calibration(self) -> range:
@@ -128,7 +128,7 @@ def embed_streams(
     ModelError
         If running block by block does not give what the model gives.
     """
-    first_length = len(calibration.windows[0])
+    all_lengths = tuple(map(len, calibration.windows))
     in_all = len(calibration.windows), len(held_out.windows) if held_out else 0
     calibration = own_windows(calibration)
     windows = [*calibration.windows, *processes.share(held_out.windows if held_out else ())]
@@ -163,4 +163,4 @@ def embed_streams(
         kinds.append(Kind(single, double))
     lengths = tuple(map(len, windows))
     own = len(calibration.windows)
-    return Streams(store, tuple(kinds), tuple(kind_of), lengths, own, size, in_all, first_length)
+    return Streams(store, tuple(kinds), tuple(kind_of), lengths, own, size, in_all, all_lengths)

@@ -199,7 +199,9 @@ class ProfileState:
         if not processes.is_first():
             processes.wait()
             manifest = read_sealed(folder / MANIFEST, ProfileRun, f"delete {folder}")
-            return cls(out, folder, manifest, _read_blocks(folder), ExitStack(), False)
+            state = cls(out, folder, manifest, _read_blocks(folder), ExitStack(), False)
+            processes.wait()
+            return state
         with locked(folder, out) as lock:
             manifest = read_sealed(folder / MANIFEST, ProfileRun, f"delete {folder}")
             remove_passing(folder)
@@ -207,7 +209,8 @@ class ProfileState:
                 shutil.rmtree(path, ignore_errors=True)
             finished = _read_blocks(folder)
             _remove_others(folder / TO_BE, {name for block in finished for name in block.files})
-            processes.wait()
+            processes.wait()  # for the others to read
+            processes.wait()  # until they have
             return cls(out, folder, manifest, finished, lock.pop_all(), False)
 
     def require(self, marks: Mapping[str, str]) -> None:
@@ -243,8 +246,8 @@ class ProfileState:
             )
         if processes.is_first():
             block = self._write(block, spectra)
+        self.finished.append(block)  # it counts, also if another process has died meanwhile
         processes.wait()
-        self.finished.append(block)
 
     def _write(self, block: ProfiledBlock, spectra: dict[str, Tensor]) -> ProfiledBlock:
         """Bring a block to the disk."""

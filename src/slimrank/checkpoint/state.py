@@ -166,7 +166,9 @@ class RunState:
         if not processes.is_first():
             processes.wait()
             manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
-            return cls(folder, manifest, read_all_finished(folder), ExitStack())
+            state = cls(folder, manifest, read_all_finished(folder), ExitStack())
+            processes.wait()
+            return state
         with locked(folder, out) as lock:
             if not has_run(out):
                 raise CheckpointError(
@@ -176,7 +178,8 @@ class RunState:
             remove_passing(folder)
             _remove_passing_folders(folder)
             finished = read_all_finished(folder)
-            processes.wait()
+            processes.wait()  # for the others to read
+            processes.wait()  # until they have
             return cls(folder, manifest, finished, lock.pop_all())
 
     def require(
@@ -265,8 +268,10 @@ class RunState:
 
     def _write(self, manifest: RunManifest) -> None:
         """Let another manifest count."""
-        processes.alone(lambda: write_durably(self.folder, MANIFEST, sealed(manifest)))
+        if processes.is_first():
+            write_durably(self.folder, MANIFEST, sealed(manifest))
         self.manifest = manifest
+        processes.wait()
 
     def drop_profile(self) -> None:
         """Delete the profile, where factors are not made from it.
@@ -313,13 +318,12 @@ class RunState:
             raise CheckpointError(
                 f"block {index} cannot be kept in {self.folder}: block {len(self.finished)} is next"
             )
-        if processes.is_first():
+        if processes.is_first():  # it counts, also if another process has died meanwhile
             entry = write_finished(self.folder, index, tensors, linears, block, warnings)
-            processes.wait()
-        else:
-            processes.wait()
-            entry = read_finished(self.folder, index)
-        self.finished.append(entry)
+            self.finished.append(entry)
+        processes.wait()
+        if not processes.is_first():
+            self.finished.append(read_finished(self.folder, index))
 
     def load(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a finished block, on the CPU and bit for bit as they were saved.

@@ -282,7 +282,10 @@ def whole_float32() -> Iterator[None]:
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+            is_given = precision != getattr(
+                torch.backends, "fp32_precision", None
+            )  # else it follows that one
+            backend.fp32_precision = precision if is_given else "none"
 
 
 def heavy_tokens(norms: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class _Spread:
         return _Spread(
             elements,
             self.mean + gap * new.elements / elements,
-            self.squares + new.squares + gap**2 * new.elements * self.elements / elements,
+            self.squares + (new.squares + gap**2 * new.elements * self.elements / elements),
             min(self.low, new.low),
             max(self.high, new.high),
         )
@@ -133,7 +133,8 @@ def metric_variance(data: BlockData, root: Float[Tensor, "hidden hidden"]) -> fl
         elements += batch.targets.numel()
         low = min(low, float(batch.targets.min()))
         high = max(high, float(batch.targets.max()))
-    total, count = processes.sums(math.fsum(sums), elements)
+    own = math.fsum(sums) if all(map(math.isfinite, sums)) else math.nan
+    total, count = processes.sums(own, elements)
     negative_low, high = processes.largest([-low, high])
     if count == 0 or -negative_low == high:
         return 0.0

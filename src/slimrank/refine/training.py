@@ -153,14 +153,10 @@ def _add_gradients_up(parameters: Sequence[nn.Parameter]) -> None:
     if processes.count() == 1:
         return
     known = processes.largest([float(parameter.grad is not None) for parameter in parameters])
-    trained = [p for p, is_known in zip(parameters, known, strict=True) if is_known]
-    if not trained:
-        return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    sums = processes.add_up(torch.cat([gradient.flatten() for gradient in gradients]))
-    parts = torch.split(sums, [p.numel() for p in trained])
-    for parameter, part in zip(trained, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
+    for parameter, is_known in zip(parameters, known, strict=True):
+        if is_known:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = processes.add_up(own)
 
 
 def _seed(seed: int, index: int) -> int:

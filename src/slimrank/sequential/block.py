@@ -284,12 +284,10 @@ class BlockInTurn:
 
         if processes.count() == 1:
             return gains(next(streams.groups(streams.calibration)))
-        size = min(streams.size, streams.in_all[0])
-        own = [
-            number
-            for number in streams.own(range(size))
-            if streams.lengths[number] == streams.first_length
-        ]
-        found = [gains([number], (streams.place(number), size)) for number in own]
+        lengths = streams.all_lengths
+        alike = [place for place, length in enumerate(lengths) if length == lengths[0]]
+        alike = alike[: streams.size]
+        own = [place for place in alike if place in map(streams.place, streams.calibration)]
+        found = [gains(streams.own([p]), (alike.index(p), len(alike))) for p in own]
         totals = processes.sums(len(own), *(sum(one[name] for one in found) for name in names))
         return {name: total / totals[0] for name, total in zip(names, totals[1:], strict=True)}
