@@ -360,6 +360,34 @@ def sequence() -> None:
         )
 
 
+def streaming() -> None:
+    """Memory of streamed runs above what their imports take; of a killed one, until then."""
+    record = read("streaming")
+    shapes, found = record["settings"]["shapes"], record["results"]
+    header(
+        "hidden, intermediate, blocks",
+        "model on disk, GB",
+        "peak above imports, GB",
+        "until the first block is done",
+        "in the others",
+        "while OUT is written",
+        "minutes",
+    )
+    stages = (
+        "peak",
+        *(f"peak_{x}" for x in ("until_first_block_is_done", "in_blocks", "in_writing")),
+    )
+    for name in (name for name in shapes if name != "small"):
+        entry, base = found[name], found["memory_after_imports"]
+        ended = "" if entry["exit_code"] == 0 else ", killed at the limit"
+        row(
+            ", ".join(map(str, shapes[name][:3])),
+            f"{entry['model_bytes'] / 1e9:.2f}",
+            *(f"{(entry[x] - base) / 1e9:.2f}" if x in entry else "-" for x in stages),
+            f"{entry['seconds'] / 60:.0f}{ended}",
+        )
+
+
 def _sequence_name(name: str) -> str:
     method, how = name.split(", ")
     return f"`{method}`, {how.replace('refine fast', 'refined by `fast`')}"

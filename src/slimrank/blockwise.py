@@ -51,7 +51,7 @@ class BlockPass:
     block : nn.Module
     groups : tuple of InputGroup
     moments : dict of str to Moments
-        By linear, over all batches. Empty without calibration.
+        By linear, over all batches. Empty without calibration, and once they are used up.
     last : dict of str to LastInputs
         By linear, what it received in the last batch.
     entering : Batch or None
@@ -140,6 +140,8 @@ def pass_blocks(
             for group, total, kept in zip(groups, collected.total, collected.last, strict=True):
                 moments |= dict.fromkeys((site.name for site in group.sites), total)
                 last |= dict.fromkeys((site.name for site in group.sites), kept)
+                del total
+            del collected  # whoever has used the moments lets go of them
         yield BlockPass(
             index, blocks[index], groups, moments, last, entering, influence, after_norm
         )
@@ -343,6 +345,7 @@ def _factorise_block(
 
     with clock.phase("solve"):
         made = replacements_apart(model, list(passed.sites), make)
+    passed.moments.clear()
     gaps = check_block(model, passed, {name: layer for name, (layer, _) in made.items()}, clock)
     for name, (layer, _) in made.items():
         replace_linear(model, name, layer)

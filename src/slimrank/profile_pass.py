@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +159,15 @@ class ProfilePass:
     def _solve(self, passed: BlockPass) -> list[_Profiled]:
         """Solve the linears of a block; check its moments on tokens, at half of largest ranks."""
         statistics, sites = self.statistics, list(passed.sites)
+        moments = passed.moments
         if statistics is not None:
-            known = {site.name: passed.moments[site.name] for site in sites}
-            passed = replace(passed, moments={n: statistics.of(n, m) for n, m in known.items()})
+            moments = {site.name: statistics.of(site.name, moments[site.name]) for site in sites}
         with self.clock.phase("solve"):
             found = made_apart(
-                sites,
-                lambda site: self._profile(site, passed.moments[site.name]),
-                _pack,
-                self._unpack,
+                sites, lambda site: self._profile(site, moments[site.name]), _pack, self._unpack
             )
+        passed.moments.clear()
+        moments.clear()
         halves = {name: one.half for name, one in found.items() if one.half is not None}
         gaps = check_block(self.model, passed, halves, self.clock)
         for name, one in found.items():

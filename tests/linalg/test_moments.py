@@ -314,6 +314,17 @@ def streams_of(seed: int, tokens: int, width: int) -> Moments:
     )
 
 
+def test_what_is_taken_is_the_result_to_the_bit():
+    tokens = torch.randn(100, 9, generator=torch.Generator().manual_seed(0)) + 3
+    accumulator = MomentAccumulator(9)
+    accumulator.update(tokens)
+    expected, sums = accumulator.result(), accumulator._second.data_ptr()
+    taken = accumulator.taken()
+    assert torch.equal(taken.original, expected.original)
+    assert taken.tokens == expected.tokens == accumulator.tokens
+    assert taken.original.data_ptr() == sums
+
+
 def test_what_arrives_is_shifted_if_anything_has():
     moments = streams_of(1, 9, 3)
     assert moments.arriving is moments.shifted

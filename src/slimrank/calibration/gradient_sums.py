@@ -173,6 +173,6 @@ def _add(accumulator: MomentAccumulator, gradient: Tensor, name: str) -> None:
 
 def _mean(accumulator: MomentAccumulator, predicted: int) -> Tensor:
     """Sum over all rows of all processes, by the number of predicted tokens."""
-    found = accumulator.result().original
+    found = accumulator.taken().original
     assert found is not None
     return processes.add_up(found.mul_(accumulator.tokens / predicted))

@@ -31,7 +31,7 @@ class LastInputs:
         accumulator = MomentAccumulator(self.features, _device(self.inputs))
         for inputs in self.inputs:
             accumulator.update(inputs)
-        return accumulator.result()
+        return accumulator.taken()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def collect_moments(
             influence_behind.add(entering.hidden, states)
     found: list[Moments] = []
     while total:  # sums of the widest linears are the largest thing there is: let go one by one
-        found.append(joint_moments(total.pop(0).result()))
+        found.append(joint_moments(total.pop(0).taken()))
     influence.merge_all()
     influence_behind.merge_all()
     return BlockMoments(
@@ -163,6 +163,7 @@ def check_on_tokens(
     }
     with taking_inputs(model, takers):
         run_block(block, index, batch)
+    takers.clear()  # they hold all weights in float32
     gaps: dict[str, float] = {}
     for name, replacement in replacements.items():
         moments = last[name].moments()

@@ -52,13 +52,13 @@ class GroupSums:
 
     def results(self) -> tuple[Moments, Moments]:
         """Over all tokens of all processes, and over the last own sequence."""
-        last = self._result(1)
         self._moments[0].merge(self._moments[1])
         self._drifts[0].merge(self._drifts[1])
+        last = self._result(1)
         return joint_moments(self._result(0)), last
 
     def _result(self, which: int) -> Moments:
-        found = self._moments[which].result()
+        found = self._moments[which].taken()
         if "shifted" not in self._needs:
             return found
         drift = self._drifts[which].result()

@@ -249,6 +249,7 @@ def decompose_outputs(
         moment = symmetrize(moment.to(target))
         basis, values = _leading_outputs(target, moment)
         noise = target.square().sum() * torch.linalg.matrix_norm(moment)
+        del moment  # of wide inputs it is the largest thing here
         basis = _settle_open_directions(basis, values, target, float(noise), tokens)
     return Decomposition(basis=fix_signs(basis), target=target, singular_values=values)
 

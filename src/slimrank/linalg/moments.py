@@ -218,7 +218,16 @@ class MomentAccumulator:
 
     def result(self) -> Moments:
         """Mean over tokens, with the upper triangle filled in."""
-        _, full = _about(self._first, self._second, self._centre, self.tokens)
+        return self._mean(self._second.clone())
+
+    def taken(self) -> Moments:
+        """The same in the memory of the sums, which are used up: of wide inputs there is much."""
+        second, self._second = self._second, self._second.new_empty(0, 0)
+        return self._mean(second)
+
+    def _mean(self, second: Tensor) -> Moments:
+        half = self._first + self.tokens * self._centre / 2
+        full = second.addr_(half, self._centre).addr_(self._centre, half)
         full.div_(max(self.tokens, 1))
         for start in range(0, self.features, TILE):
             end = min(start + TILE, self.features)

@@ -20,7 +20,7 @@ def symmetrize(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     >>> symmetrize(torch.tensor([[1.0, 2.0], [0.0, 1.0]])).tolist()
     [[1.0, 1.0], [1.0, 1.0]]
     """
-    return (matrix + matrix.mT) / 2
+    return (matrix + matrix.mT).div_(2)
 
 
 def require_finite(matrix: Tensor, what: str) -> None:
