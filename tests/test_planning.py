@@ -11,7 +11,6 @@ from slimrank.errors import BudgetError, CoverageWarning, ModelError, RecipeErro
 from slimrank.report import PlanReport
 
 QUIET = pytest.mark.filterwarnings("ignore:.*fused tensors:slimrank.errors.CoverageWarning")
-PARTS = {"model", "moments", "hidden_states", "activations", "solve", "total"}
 
 
 @pytest.fixture
@@ -74,60 +73,9 @@ def test_what_a_plan_tells(make_skeleton, make_recipe):
     assert PlanReport.model_validate_json(plan.model_dump_json()) == plan
 
 
-def test_memory_has_its_parts(make_skeleton, make_recipe):
-    plan = slimrank.plan(make_skeleton("llama"), make_recipe())
-    memory = plan.memory_bytes
-    assert memory.keys() == PARTS
-    assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
-    assert all(value > 0 for value in memory.values())
-    assert memory["model"] == 4 * plan.size.model_params_before
-    assert memory["hidden_states"] == 8 * 32 * 32 * 4
-    assert memory["moments"] >= 2 * 8 * (3 * 32**2 + 48**2)
-
-
-def test_memory_without_calibration(make_skeleton, make_recipe):
-    memory = slimrank.plan(make_skeleton("llama"), make_recipe(method="svd")).memory_bytes
-    assert memory["moments"] == memory["hidden_states"] == memory["activations"] == 0
-    assert memory["solve"] > 0
-
-
-def test_more_tokens_need_more_memory(make_skeleton, make_recipe):
-    small, large = (
-        slimrank.plan(
-            make_skeleton("llama"),
-            make_recipe(calibration={"num_sequences": n, "sequence_length": 64}),
-        ).memory_bytes
-        for n in (16, 160)
-    )
-    assert large["hidden_states"] == 10 * small["hidden_states"]
-    assert large["moments"] == small["moments"]
-
-
-def test_two_streams_need_more_memory(make_skeleton, make_recipe):
-    skeleton, calibration = make_skeleton("llama"), {"num_sequences": 16, "sequence_length": 64}
-    one, two, both = (
-        slimrank.plan(skeleton, make_recipe(calibration=calibration, **how)).memory_bytes
-        for how in ({}, {"order": "sequential"}, {"method": "aa-svd"})
-    )
-    # 8 sequences are held out; in front of a block and behind it, in two streams
-    assert two["hidden_states"] == 4 * one["hidden_states"] * 24 // 16
-    # the inputs of q, o, gate and down of the original block: 3 x 32 + 48, against 32 hidden
-    assert both["hidden_states"] - two["hidden_states"] == 24 * 64 * 4 * (3 * 32 + 48)
-    assert both["moments"] == 2 * two["moments"]
-
-
-def test_weight_gradients_need_as_much_as_the_linears(make_skeleton, make_recipe):
-    skeleton = make_skeleton("llama")
-    plan = slimrank.plan(skeleton, make_recipe(allocation="threshold"))
-    metrics = 2 * 4 * (2 * 32**2 + 2 * 16**2 + 2 * 48**2 + 32**2)
-    entering = 3 * 8 * 32 * 32 * 4
-    linears = 4 * plan.size.target_params_before
-    assert plan.memory_bytes["gradients"] == metrics + entering + linears
-
-
 def test_keeping_all_needs_no_solve(make_skeleton, make_recipe):
     plan = slimrank.plan(make_skeleton("llama"), make_recipe(keep=1.0))
-    assert plan.memory_bytes["solve"] == 0
+    assert not any("solve" in phase.memory for phase in plan.needs.phases)
     assert plan.size.weight_bytes == plan.size.weight_bytes_before
     assert all(x.rank is None for x in plan.linears)
 

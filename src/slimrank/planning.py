@@ -5,14 +5,19 @@ from pathlib import Path
 
 from torch import nn
 
-from slimrank.allocation import LinearShape, RankPlan
-from slimrank.calibration import default_batch_size
+from slimrank.allocation import RankPlan
 from slimrank.checkpoint import folder_bytes
-from slimrank.errors import SlimrankWarning
-from slimrank.methods import STREAMS
-from slimrank.model import Anatomy
+from slimrank.errors import RecipeError, SlimrankWarning
+from slimrank.estimates import Run, find_facts, passes_of, phases_of
+from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
-from slimrank.report import PlannedLinear, PlanReport
+from slimrank.report import (
+    NeedsReport,
+    PassesReport,
+    PhaseReport,
+    PlannedLinear,
+    PlanReport,
+)
 from slimrank.source import load_skeleton, parse_source, require_dense
 from slimrank.targets import Work, find_work
 
@@ -33,14 +38,20 @@ DYNAMIC = {
 }
 
 
-def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport:
-    """Say what a recipe would do: ranks, parameters, bytes, memory. Reads no weight.
+def plan(
+    model: str | Path | nn.Module,
+    recipe: CompressionRecipe,
+    options: CompressionOptions | None = None,
+) -> PlanReport:
+    """Say what a recipe would do: ranks, bytes, memory, disk, passes. Reads no weight.
 
     Parameters
     ----------
     model : str, Path or PreTrainedModel
         A folder, a hub id, a ``.gguf`` file, or a model; one on the meta device will do.
     recipe : CompressionRecipe
+    options : CompressionOptions, optional
+        How it would be run; what is held depends on it.
 
     Returns
     -------
@@ -51,10 +62,24 @@ def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport
     ModelError
         If the model cannot be read or has no blocks of linears.
     RecipeError
-        If a target matches nothing.
+        If a target matches nothing, or what is asked for cannot be run so.
     BudgetError
         If no ranks meet the budget.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    >>> with torch.device("meta"):
+    ...     model = LlamaForCausalLM(config)
+    >>> needs = plan(model, CompressionRecipe(budget={"param_ratio": 0.5})).needs
+    >>> needs.passes.forwards, needs.passes.backwards
+    (3.0, 1.0)
     """
+    options = options or CompressionOptions()
+    _require_possible(recipe, options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SlimrankWarning)
         if isinstance(model, nn.Module):
@@ -65,13 +90,19 @@ def plan(model: str | Path | nn.Module, recipe: CompressionRecipe) -> PlanReport
             skeleton = load_skeleton(parse_source(model), recipe.dtype)
         work = find_work(skeleton, recipe)
     with work.put_back_after(skeleton):
-        report = _plan(skeleton, name, work, recipe)
+        report = _plan(skeleton, name, work, recipe, options)
     told = [str(w.message) for w in caught if issubclass(w.category, SlimrankWarning)]
     told += DYNAMIC[recipe.allocation]
     return report.model_copy(update={"warnings": tuple(told)})
 
 
-def _plan(skeleton: nn.Module, name: str, work: Work, recipe: CompressionRecipe) -> PlanReport:
+def _plan(
+    skeleton: nn.Module,
+    name: str,
+    work: Work,
+    recipe: CompressionRecipe,
+    options: CompressionOptions,
+) -> PlanReport:
     """Share out the budget, and count."""
     anatomy, ranks = work.anatomy, work.uniform(recipe)
     linears = tuple(
@@ -85,7 +116,6 @@ def _plan(skeleton: nn.Module, name: str, work: Work, recipe: CompressionRecipe)
         )
         for site in anatomy.sites
     )
-    memory = calibration_memory(skeleton, anatomy, ranks, recipe)
     factored = {name: rank for name, rank in ranks.ranks.items() if rank is not None}
     pivoted = {s.name for s in work.shapes if s.name in factored and s.is_pivoted(factored[s.name])}
     size = work.size(ranks, folder_bytes(skeleton, factored, pivoted))
@@ -95,7 +125,7 @@ def _plan(skeleton: nn.Module, name: str, work: Work, recipe: CompressionRecipe)
         size=size,
         linears=linears,
         kv_cache=work.kv_cache,
-        memory_bytes=memory,
+        needs=_needs(skeleton, work, ranks, recipe, options, size.weight_bytes),
         profile_bytes=profile_bytes(skeleton, work, recipe),
         inputs=sum(len(block) for block in anatomy.groups),
         warnings=(),
@@ -140,66 +170,47 @@ def profile_bytes(
     return total
 
 
-def calibration_memory(
-    model: nn.Module, anatomy: Anatomy, ranks: RankPlan, recipe: CompressionRecipe
-) -> dict[str, int]:
-    """Estimate resident bytes while calibrating, by what holds them.
+def _needs(
+    model: nn.Module,
+    work: Work,
+    ranks: RankPlan,
+    recipe: CompressionRecipe,
+    options: CompressionOptions,
+    output_bytes: int,
+) -> NeedsReport:
+    """Memory, disk and passes."""
+    run = Run(
+        facts=find_facts(model, work, ranks, recipe, options),
+        recipe=recipe,
+        options=options,
+        profile_bytes=profile_bytes(model, work, recipe),
+        spectra_bytes=profile_bytes(model, work, recipe, spectra_only=True),
+        output_bytes=output_bytes,
+    )
+    phases, passes = phases_of(run), passes_of(recipe, len(run.facts.blocks))
+    return NeedsReport(
+        memory_bytes=max(phase.memory_bytes for phase in phases),
+        device_bytes=max(phase.device_bytes for phase in phases),
+        disk_bytes=max(phase.disk_bytes for phase in phases),
+        stays_bytes=output_bytes,
+        passes=PassesReport(
+            forwards=passes.forwards,
+            backwards=passes.backwards,
+            held_out_forwards=passes.held_out,
+            check_forwards=passes.checks,
+        ),
+        phases=tuple(
+            PhaseReport(name=p.name, memory=p.memory, device=p.device, disk=p.disk) for p in phases
+        ),
+    )
 
-    Activations are those of one batch inside one block: what every linear takes and gives, in the
-    model's dtype, and a float32 copy of the widest input.
-    """
-    width = next(p for p in model.parameters() if p.is_floating_point()).element_size()
-    weights = sum(t.numel() * t.element_size() for t in model.parameters())
-    result = {"model": weights, "moments": 0, "hidden_states": 0, "activations": 0, "solve": 0}
-    shapes: list[LinearShape] = [s.shape for s in anatomy.sites if ranks.ranks[s.name] is not None]
-    if shapes:
-        # Weight, target and basis, the output moment and what its eigenvectors take; all float64.
-        result["solve"] = max(
-            8
-            * (3 * s.dense_params + 4 * min(s.out_features, s.in_features) ** 2 + s.in_features**2)
-            for s in shapes
+
+def _require_possible(recipe: CompressionRecipe, options: CompressionOptions) -> None:
+    """Refuse what `slimrank.compress` refuses before it has seen a model."""
+    if options.stream and recipe.tune is not None:
+        raise RecipeError(
+            "training all blocks together holds the whole model in memory; leave out --tune "
+            "(--effort best has it) or --stream"
         )
-    needs = recipe.make_method().needs
-    if recipe.passes == 2:
-        result["model"] += weights  # of the first pass
-    if recipe.tune is not None:
-        kept = sum(s.shape.params(ranks.ranks[s.name]) for s in anatomy.sites)
-        result["tuning"] = 16 * kept  # masters, gradients and two moments, all float32
-    if needs or recipe.is_sequential:
-        sample = recipe.calibration
-        hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-        count = sample.num_sequences + recipe.generated_sequences
-        tokens = count * sample.sequence_length
-        result["hidden_states"] = tokens * hidden * width
-        # Two accumulators each (all batches, last batch), and their results.
-        result["moments"] = max(
-            sum(4 * 8 * group.in_features**2 for group in block) for block in anatomy.groups
-        )
-        if recipe.is_sequential:
-            tokens += sample.held_out_sequences * sample.sequence_length
-            # In front of a block and behind it, in two streams; all inputs of the original block.
-            result["hidden_states"] = 4 * tokens * hidden * width
-            if needs >= STREAMS:
-                widest = max(sum(group.in_features for group in block) for block in anatomy.groups)
-                result["hidden_states"] += tokens * width * widest
-                result["moments"] *= 2
-            result["model"] += max(
-                (sum(width * s.shape.dense_params for g in b for s in g.sites))
-                for b in anatomy.groups
-            )
-        tokens = default_batch_size(sample.sequence_length) * sample.sequence_length
-        result["activations"] = tokens * max(
-            sum(width * (s.shape.in_features + s.shape.out_features) for g in b for s in g.sites)
-            + 4 * max((g.in_features for g in b), default=0)
-            for b in anatomy.groups
-        )
-    if recipe.needs & {"gradients", "mean_gradients"}:
-        # Metrics and mean gradients in float32, and the hidden states in front of every block.
-        metrics = sum(4 * site.shape.out_features**2 for site in anatomy.sites)
-        if "mean_gradients" in recipe.needs:
-            metrics += sum(4 * site.shape.dense_params for site in anatomy.sites)
-        tokens = recipe.calibration.num_sequences * recipe.calibration.sequence_length
-        hidden = int(model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-        result["gradients"] = metrics + (len(anatomy.groups) + 1) * tokens * hidden * width
-    result["total"] = sum(result.values())
-    return result
+    if options.stream and options.device not in (None, "cpu"):
+        raise RecipeError(f"a streamed model is on the CPU; leave out --device {options.device}")

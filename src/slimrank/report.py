@@ -154,6 +154,89 @@ class PlannedLinear(_Frozen):
     params: int
 
 
+class PhaseReport(_Frozen):
+    """One phase of a run to be, where it holds most.
+
+    Parameters
+    ----------
+    name : str
+    memory, device, disk : dict of str to int
+        Bytes in memory, in the accelerator's memory and on disk, by what holds them.
+    """
+
+    name: str
+    memory: dict[str, Count]
+    device: dict[str, Count]
+    disk: dict[str, Count]
+
+
+class PassesReport(_Frozen):
+    """How often tokens pass the blocks of a model, at most: training may stop early.
+
+    Parameters
+    ----------
+    forwards, backwards : float
+        Of the calibration tokens, in units of all of them through all blocks.
+    held_out_forwards : float
+        Of the held-out tokens, in units of all of those.
+    check_forwards : float
+        Of the calibration tokens that moments are held against once more, in units of all.
+    """
+
+    forwards: float
+    backwards: float
+    held_out_forwards: float
+    check_forwards: float
+
+    def line(self) -> str:
+        """All of them.
+
+        Examples
+        --------
+        >>> PassesReport(forwards=3, backwards=1, held_out_forwards=0, check_forwards=0.01).line()
+        'passes: calibration text 3.01 times forwards and 1 backwards'
+        >>> PassesReport(forwards=5, backwards=1, held_out_forwards=5, check_forwards=0).line()
+        'passes: calibration text 5 times forwards and 1 backwards, held-out text 5 times'
+        """
+        forwards = self.forwards + self.check_forwards
+        text = f"passes: calibration text {forwards:.3g} times forwards"
+        text += f" and {self.backwards:.3g} backwards" if self.backwards else ""
+        held_out = self.held_out_forwards
+        return f"{text}, held-out text {held_out:.3g} times" if held_out else text
+
+
+class NeedsReport(_Frozen):
+    """What a run will take, estimated from shapes and the recipe.
+
+    Parameters
+    ----------
+    memory_bytes : int
+        Peak of resident memory, above what imports and the tokenizer take: that of the phase that
+        holds most.
+    device_bytes : int
+        Peak of the accelerator's memory; 0 without one.
+    disk_bytes : int
+        Peak on the disk of the output, while it runs.
+    stays_bytes : int
+        Of the weight files that are there at the end.
+    passes : PassesReport
+    phases : tuple of PhaseReport
+        In turn.
+    """
+
+    memory_bytes: Count
+    device_bytes: Count
+    disk_bytes: Count
+    stays_bytes: Count
+    passes: PassesReport
+    phases: tuple[PhaseReport, ...]
+
+    @property
+    def largest(self) -> PhaseReport:
+        """The phase that holds most in memory."""
+        return max(self.phases, key=lambda phase: sum(phase.memory.values()))
+
+
 class PlanReport(_Frozen):
     """What a recipe would do, before any work.
 
@@ -166,8 +249,8 @@ class PlanReport(_Frozen):
     linears : tuple of PlannedLinear
         In call order.
     kv_cache : KVCacheReport or None
-    memory_bytes : dict of str to int
-        Estimate of resident memory while calibrating, by what holds it; ``total`` is their sum.
+    needs : NeedsReport
+        Memory, disk and passes.
     profile_bytes : int
         Of a profile on disk, bases included.
     inputs : int
@@ -180,7 +263,7 @@ class PlanReport(_Frozen):
     size: SizeReport
     linears: tuple[PlannedLinear, ...]
     kv_cache: KVCacheReport | None
-    memory_bytes: dict[str, int]
+    needs: NeedsReport
     profile_bytes: int
     inputs: int
     warnings: tuple[str, ...]
