@@ -36,7 +36,7 @@ def test_sums_and_largest_are_of_all(tmp_path):
         assert processes.is_first() == (number == 0)
         assert processes.share("abcde") == [["a", "d"], ["b", "e"], ["c"]][number]
         assert processes.sums(number, 0.5) == [3.0, 1.5]
-        assert processes.largest([number, -number]) == [2.0, 0.0]
+        assert processes.largest([number, -number, 0.1]) == [2.0, 0.0, 0.1]
         assert processes.gathered(number, 7) == [[0.0, 7.0], [1.0, 7.0], [2.0, 7.0]]
         whole = torch.full((2, 3), 1.0 + number)
         assert processes.add_up(whole) is whole

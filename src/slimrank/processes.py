@@ -141,7 +141,8 @@ def sums(*values: float | int) -> list[float]:
 
 def largest(values: Sequence[float | int]) -> list[float]:
     """Largest of each number over all processes."""
-    return [float(x) for x in _reduced(torch.tensor(values).double(), dist.ReduceOp.MAX)]
+    whole = torch.tensor(values, dtype=torch.float64)
+    return [float(x) for x in _reduced(whole, dist.ReduceOp.MAX)]
 
 
 def gathered(*values: float | int) -> list[list[float]]:
