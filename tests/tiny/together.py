@@ -59,6 +59,7 @@ def _child(number: int, count: int, folder: Path, do: Callable[[int], object]) -
             world_size=count,
             timeout=timedelta(seconds=60),
         )
+        dist.barrier()  # none may end while others still meet
         do(number)
     except BaseException:  # noqa: BLE001  # whatever ends it is what the test wants to know
         (folder / f"{number}.error").write_text(traceback.format_exc())
