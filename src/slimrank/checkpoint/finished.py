@@ -77,7 +77,7 @@ def read_all_finished(folder: Path) -> list[FinishedBlock]:
         If a file is missing or damaged.
     """
     count = len(list(folder.glob("block-*.json")))
-    return [read_finished(folder, index) for index in range(count)]
+    return [_read_finished(folder, index) for index in range(count)]
 
 
 def read_tensors(folder: Path, entry: FinishedBlock) -> dict[str, Tensor]:
@@ -103,14 +103,8 @@ def files_of(entry: FinishedBlock) -> tuple[str, str]:
     return f"{_block_name(entry.index)}.json", entry.file
 
 
-def read_finished(folder: Path, index: int) -> FinishedBlock:
-    """Read the entry of a block, and check the file of its tensors.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing or damaged.
-    """
+def _read_finished(folder: Path, index: int) -> FinishedBlock:
+    """Read a block's entry, and check the file of its tensors."""
     name, advice = _block_name(index), _delete_from(folder, index)
     if not (folder / f"{name}.json").exists():
         raise CheckpointError(f"{folder} lacks {name}.json, but holds later blocks; {advice}")

@@ -29,7 +29,6 @@ from slimrank.checkpoint.finished import (
     FinishedBlock,
     files_of,
     read_all_finished,
-    read_finished,
     read_tensors,
     write_finished,
 )
@@ -318,12 +317,14 @@ class RunState:
             raise CheckpointError(
                 f"block {index} cannot be kept in {self.folder}: block {len(self.finished)} is next"
             )
+        text = ""
         if processes.is_first():  # it counts, also if another process has died meanwhile
             entry = write_finished(self.folder, index, tensors, linears, block, warnings)
             self.finished.append(entry)
-        processes.wait()
+            text = entry.model_dump_json() if processes.count() > 1 else ""
+        text, _ = processes.hand_round(text)
         if not processes.is_first():
-            self.finished.append(read_finished(self.folder, index))
+            self.finished.append(FinishedBlock.model_validate_json(text))
 
     def load(self, index: int) -> dict[str, Tensor]:
         """Read the tensors of a finished block, on the CPU and bit for bit as they were saved.
