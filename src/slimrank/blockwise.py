@@ -371,18 +371,37 @@ def replacements_apart(
 
     def pack(made: Replacement) -> tuple[str, dict[str, Tensor]]:
         layer, report = made
-        tensors = {name: t for name, t in layer.state_dict().items() if name != "bias"}
-        return report.model_dump_json(), tensors
+        return report.model_dump_json(), factor_tensors(layer)
 
     def unpack(site: LinearSite, text: str, tensors: Mapping[str, Tensor]) -> Replacement:
         report, linear = LinearReport.model_validate_json(text), model.get_submodule(site.name)
-        assert report.rank is not None
-        layer = LowRankLinear.unfilled(linear, report.rank, pivoted=report.pivoted)
-        layer.load_state_dict(dict(tensors), strict=False)
-        layer.bias = linear.bias
-        return layer, report
+        return refilled(linear, tensors, report.pivoted), report
 
     return made_apart(sites, make, pack, unpack)
+
+
+def factor_tensors(layer: LowRankLinear) -> dict[str, Tensor]:
+    """Tensors that a layer has of its own; its bias is that of the linear."""
+    return {name: tensor for name, tensor in layer.state_dict().items() if name != "bias"}
+
+
+def refilled(
+    linear: nn.Linear, tensors: Mapping[str, Tensor], pivoted: bool = False
+) -> LowRankLinear:
+    """Make a layer of `factor_tensors` again, in the place of its linear.
+
+    Examples
+    --------
+    >>> linear = nn.Linear(4, 3)
+    >>> layer = refilled(linear, factor_tensors(LowRankLinear.unfilled(linear, 2)))
+    >>> layer.latent.weight.shape, layer.bias is linear.bias
+    (torch.Size([2, 4]), True)
+    """
+    rank = len(tensors["latent.weight"])
+    layer = LowRankLinear.unfilled(linear, rank, pivoted=pivoted)
+    layer.load_state_dict(dict(tensors), strict=False)
+    layer.bias = linear.bias
+    return layer
 
 
 def dense_report(site: LinearSite) -> LinearReport:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from slimrank import processes
 from slimrank.apart import made_apart
-from slimrank.blockwise import BlockPass, check_block, pass_blocks, solve
+from slimrank.blockwise import (
+    BlockPass,
+    check_block,
+    factor_tensors,
+    pass_blocks,
+    refilled,
+    solve,
+)
 from slimrank.calibration import METRIC, ActivationStore, TokenWindows
 from slimrank.checkpoint import ProfiledLinear
 from slimrank.checkpoint.profile import SPECTRA, block_file, write_tensors
@@ -221,8 +228,7 @@ class ProfilePass:
         half = None
         if factors:
             linear = self.model.get_submodule(site.name)
-            half = LowRankLinear.unfilled(linear, len(factors["latent.weight"]))
-            half.load_state_dict(factors, strict=False)
+            half = refilled(linear, factors)
         return _Profiled(ProfiledLinear.model_validate_json(text), spectra, bases, half)
 
 
@@ -231,8 +237,7 @@ def _known(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def _pack(one: _Profiled) -> tuple[str, dict[str, Tensor]]:
-    factors = one.half.state_dict() if one.half else {}
-    factors.pop("bias", None)
+    factors = factor_tensors(one.half) if one.half else {}
     parts = zip(PARTS, (one.spectra, one.bases, factors), strict=True)
     tensors = {f"{kind}:{key}": t for kind, found in parts for key, t in found.items()}
     return one.entry.model_dump_json(), tensors

@@ -18,13 +18,12 @@ from slimrank.estimates.alive import (
     record_samples,
     training_bytes,
 )
+from slimrank.linalg.moments import STRIPES
 from slimrank.model import InputGroup, LinearSite, replace_linear
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
 from slimrank.targets import Work
-
-STRIPES = 8  # in which products are added to sums
 
 
 @dataclass(frozen=True, slots=True)
