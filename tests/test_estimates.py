@@ -238,8 +238,6 @@ def test_what_cannot_be_run_is_refused():
     model = skeleton(**WIDE)
     with pytest.raises(RecipeError, match="leave out --tune"):
         needs(model, recipe(tune={"epochs": 1}), stream=True)
-    with pytest.raises(RecipeError, match="leave out --device cuda"):
-        needs(model, stream=True, device="cuda")
 
 
 LLAMA_70B = {

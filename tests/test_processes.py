@@ -6,7 +6,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import slimrank
 from slimrank import processes
 from slimrank.cli import app
 from slimrank.errors import ModelError, ProcessError
@@ -22,12 +21,6 @@ def test_alone_nothing_is_sent():
     processes.wait()
     assert processes.agreed(True)
     assert processes.own_device("cuda:3") == "cuda:3"
-
-
-def test_a_device_without_float64_is_refused(make_model, make_recipe, windows):
-    options = slimrank.CompressionOptions(device="mps")
-    with pytest.raises(ModelError, match="MPS has no float64, which moments and solves are in"):
-        slimrank.compress(make_model("llama"), make_recipe(), windows=windows, options=options)
 
 
 def test_sums_and_largest_are_of_all(tmp_path):

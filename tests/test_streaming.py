@@ -15,7 +15,7 @@ from slimrank import blockwise, compress, load, profile
 from slimrank.calibration import collect_moments, embed_batches, store
 from slimrank.checkpoint import load_mapped, mapped_folder, state_folder
 from slimrank.errors import CheckpointError, ModelError, RecipeError
-from slimrank.model import block_path, copy_of, discover, is_mapped
+from slimrank.model import block_path, copy_of, discover, is_mapped, turns
 from slimrank.options import CompressionOptions
 from slimrank.source import load_model, map_model, parse_source
 from tiny.models import fill
@@ -213,8 +213,8 @@ def test_a_part_is_let_go_of_once_however_many_batches_pass_it(
     model = load_mapped(make_folder("llama"))
     anatomy = discover(model, torch.arange(12)[None])
     batches = embed_batches(model, anatomy, make_windows(8), 2)
-    let_go, gone = mapped_folder.let_go, []
-    monkeypatch.setattr(mapped_folder, "let_go", lambda part: (gone.append(part), let_go(part)))
+    let_go, gone = turns.let_go, []
+    monkeypatch.setattr(turns, "let_go", lambda part: (gone.append(part), let_go(part)))
     blocks = list(model.model.layers)
     for index, block in enumerate(blocks):
         collect_moments(model, block, index, anatomy.groups[index], batches)
@@ -231,7 +231,7 @@ def test_a_copy_takes_turns_with_its_model_and_does_not_hold_it(monkeypatch, mak
     model = load_mapped(make_folder("llama"))
     other, gone = copy_of(model), []
     model(probe)
-    monkeypatch.setattr(mapped_folder, "let_go", gone.append)
+    monkeypatch.setattr(turns, "let_go", gone.append)
     other.model.embed_tokens(probe)
     assert gone == [model.lm_head]
     model.lm_head(torch.zeros(1, 32))
@@ -310,13 +310,6 @@ def test_what_cannot_be_streamed_is_refused(make_folder, make_model, make_recipe
     recipe, out = make_recipe(), tmp_path / "out"
     with pytest.raises(ModelError, match=r"a model in memory cannot be streamed"):
         compress(make_model("llama"), recipe, options=STREAM)
-    with pytest.raises(ModelError, match=r"leave out --device cuda"):
-        compress(
-            make_folder("llama"),
-            recipe,
-            out=out,
-            options=CompressionOptions(stream=True, device="cuda"),
-        )
     with pytest.raises(RecipeError, match=r"holds the whole model"):
         compress(make_folder("llama"), make_recipe(tune={"epochs": 1}), out=out, options=STREAM)
     with pytest.raises(CheckpointError, match=r"is stored in torch\.float32"):

@@ -32,7 +32,7 @@ from slimrank.errors import NumericalError, NumericalWarning
 from slimrank.keeping import fill_block, keep_block
 from slimrank.linalg import Decomposition, Moments, effective_rank, predicted_changes
 from slimrank.methods import Method
-from slimrank.model import Anatomy, InputGroup, LinearSite, let_go, replace_linear
+from slimrank.model import Anatomy, InputGroup, LinearSite, let_go, replace_linear, staying
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.report import LinearReport
@@ -132,19 +132,20 @@ def pass_blocks(
         moments: dict[str, Moments] = {}
         last: dict[str, LastInputs] = {}
         influence, after_norm = 0.0, None
-        if batches:
-            behind = partial(after_blocks, model, anatomy) if index == len(blocks) - 1 else None
-            with clock.phase("calibrate"):
-                collected = collect_moments(model, blocks[index], index, groups, batches, behind)
-            influence, after_norm = collected.influence, collected.influence_behind
-            for group, total, kept in zip(groups, collected.total, collected.last, strict=True):
-                moments |= dict.fromkeys((site.name for site in group.sites), total)
-                last |= dict.fromkeys((site.name for site in group.sites), kept)
-                del total
-            del collected  # whoever has used the moments lets go of them
-        yield BlockPass(
-            index, blocks[index], groups, moments, last, entering, influence, after_norm
-        )
+        with staying(blocks[index]):
+            if batches:
+                behind = partial(after_blocks, model, anatomy) if index == len(blocks) - 1 else None
+                with clock.phase("calibrate"):
+                    seen = collect_moments(model, blocks[index], index, groups, batches, behind)
+                influence, after_norm = seen.influence, seen.influence_behind
+                for group, total, kept in zip(groups, seen.total, seen.last, strict=True):
+                    moments |= dict.fromkeys((site.name for site in group.sites), total)
+                    last |= dict.fromkeys((site.name for site in group.sites), kept)
+                    del total
+                del seen  # whoever has used the moments lets go of them
+            yield BlockPass(
+                index, blocks[index], groups, moments, last, entering, influence, after_norm
+            )
         let_go(blocks[index])
     batches.drop()
 

@@ -34,7 +34,7 @@ from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
-from slimrank.source import open_dense, parse_source, require_streamable
+from slimrank.source import open_dense, parse_source
 from slimrank.targets import PROBE_TOKENS, find_work, num_embeddings
 
 
@@ -190,8 +190,6 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
     if job.out is None and not isinstance(model, nn.Module):
         raise RecipeError("a model given by its path needs a folder to be written to: out=...")
     is_kept = _is_kept(job, from_profile=profile is not None)
-    if job.options.stream:
-        require_streamable(model, job.options)
     if job.options.stream and job.recipe.tune is not None:
         raise RecipeError(
             "training all blocks together holds the whole model in memory; leave out --tune "
@@ -208,9 +206,8 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
     opened = None if profile is None else read_profile(profile)
     with job.clock.phase("load"):
         loaded, name, tokenizer = open_dense(
-            model, job.recipe.dtype, job.tokenizer, stream=job.options.stream
+            model, job.recipe.dtype, job.tokenizer, job.options.stream, job.options.device
         )
-    loaded = loaded.to(job.options.device) if job.options.device else loaded
     job = replace(job, tokenizer=tokenizer)
     recipe = job.recipe
     told_apart = opened is not None or recipe.allocation != "uniform" or is_kept

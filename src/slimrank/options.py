@@ -17,7 +17,7 @@ class CompressionOptions:
     Parameters
     ----------
     device : str, optional
-        Where forwards and solves run: 'cpu', 'cuda', 'cuda:1'. Default: where the model is.
+        Where forwards and solves run: 'cpu', 'cuda', 'cuda:1', 'mps'. Default: where the model is.
     batch_size : int, optional
         Windows at once; by default about 4,096 tokens.
     memory : int, optional
@@ -25,7 +25,7 @@ class CompressionOptions:
         rest is spilled to disk. No limit if left out.
     stream : bool
         Leave the weights of a folder in their files, and work on one block at a time; in `compress`
-        finished blocks go to disk and stay there too. On the CPU.
+        finished blocks go to disk and stay there too. They come to `device` in turns.
     track : callable
         Wraps the loop over blocks, given a description, to show progress.
     """

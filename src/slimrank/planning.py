@@ -212,5 +212,3 @@ def _require_possible(recipe: CompressionRecipe, options: CompressionOptions) ->
             "training all blocks together holds the whole model in memory; leave out --tune "
             "(--effort best has it) or --stream"
         )
-    if options.stream and options.device not in (None, "cpu"):
-        raise RecipeError(f"a streamed model is on the CPU; leave out --device {options.device}")

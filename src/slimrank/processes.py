@@ -92,12 +92,8 @@ def own_device(device: str | None) -> str | None:
     Raises
     ------
     ModelError
-        If all processes are to be on one GPU; or if the device has no float64.
+        If all processes are to be on one GPU.
     """
-    if device is not None and device.startswith("mps"):
-        raise ModelError(
-            "MPS has no float64, which moments and solves are in; leave --device mps out"
-        )
     if count() == 1 or device is None or not device.startswith("cuda"):
         return device
     if device != "cuda":

@@ -38,7 +38,7 @@ from slimrank.options import CompressionOptions
 from slimrank.planning import profile_bytes
 from slimrank.profile_pass import ProfilePass
 from slimrank.recipe import BudgetRecipe, CompressionRecipe, RefineRecipe, SwiftRecipe
-from slimrank.source import open_dense, parse_source, require_streamable
+from slimrank.source import open_dense, parse_source
 from slimrank.statistics import Statistics, collect_statistics
 from slimrank.targets import Work, find_work, num_embeddings
 
@@ -121,14 +121,11 @@ def profile(
             require_writable(out)
         if processes.is_first() and not resume:
             require_no_unfinished_profile(out)
-        if options.stream:
-            require_streamable(model, options)
+        device = processes.own_device(options.device)
         with clock.phase("load"):
             loaded, name, tokenizer = open_dense(
-                model, recipe.dtype, tokenizer, stream=options.stream
+                model, recipe.dtype, tokenizer, options.stream, device
             )
-        device = processes.own_device(options.device)
-        loaded = loaded.to(device) if device else loaded
         source = ProfiledModel(loaded, name, weights_fingerprint(loaded))
         with gathered_warnings() as warned:
             work = find_work(loaded, recipe, for_kv_cache)

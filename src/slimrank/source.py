@@ -24,7 +24,6 @@ from slimrank.checkpoint import (
 from slimrank.errors import CheckpointError, ModelError, NumericalError, TextError
 from slimrank.model import let_go_of
 from slimrank.nn import LowRankLinear
-from slimrank.options import CompressionOptions
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # tokenizers included
 
@@ -106,7 +105,7 @@ def load_model(source: Source, dtype: str = "auto") -> Any:
     return model.eval()
 
 
-def map_model(source: Source, dtype: str = "auto") -> Any:
+def map_model(source: Source, dtype: str = "auto", device: str | None = None) -> Any:
     """Open a causal language model whose weights stay in their files.
 
     Raises
@@ -124,27 +123,17 @@ def map_model(source: Source, dtype: str = "auto") -> Any:
             folder = Path(snapshot_download(source.location, allow_patterns=MODEL_FILES))
         except LOAD_ERRORS as error:
             raise ModelError(f"cannot load {source.name}: {reason(error)}") from error
-    model = load_mapped(folder, dtype)
+    model = load_mapped(folder, dtype, device)
     require_finite_weights(model, source.name)
     return model
 
 
-def require_streamable(model: str | Path | nn.Module, options: CompressionOptions) -> None:
-    """See that nothing is asked for that streaming has not.
-
-    Raises
-    ------
-    ModelError
-        If the model is in memory already, or is to be on another device.
-    """
-    if isinstance(model, nn.Module):
-        raise ModelError("a model in memory cannot be streamed; give its folder")
-    if options.device not in (None, "cpu"):
-        raise ModelError(f"a streamed model is on the CPU; leave out --device {options.device}")
-
-
 def open_dense(
-    model: str | Path | nn.Module, dtype: str, tokenizer: Any = None, stream: bool = False
+    model: str | Path | nn.Module,
+    dtype: str,
+    tokenizer: Any = None,
+    stream: bool = False,
+    device: str | None = None,
 ) -> tuple[Any, str, Any]:
     """Take a model in memory, or load one, and see that it is dense and finite.
 
@@ -157,6 +146,8 @@ def open_dense(
         Given back as it is; loaded if the model is.
     stream : bool
         Leave the weights in their files (see `slimrank.checkpoint.load_mapped`).
+    device : str, optional
+        Where it is to run; where it is if left out.
 
     Returns
     -------
@@ -171,15 +162,57 @@ def open_dense(
     ModelError, NumericalError, TextError
         See `load_model` and `load_tokenizer`.
     """
+    require_device(device)
     if isinstance(model, nn.Module):
+        if stream:
+            raise ModelError("a model in memory cannot be streamed; give its folder")
         require_dense(model, type(model).__name__)
         require_finite_weights(model, type(model).__name__)
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
-        return model.eval(), name, tokenizer
+        return (model.to(device) if device else model).eval(), name, tokenizer
     source = parse_source(model)
-    loaded = map_model(source, dtype) if stream else load_model(source, dtype)
+    loaded = open_model(source, dtype, device=device, stream=stream)
     require_dense(loaded, source.name)
     return loaded, source.name, tokenizer or load_tokenizer(source)
+
+
+def require_device(device: str | None) -> None:
+    """See that there is a device, before any work.
+
+    Raises
+    ------
+    ModelError
+        If torch cannot use it here.
+
+    Examples
+    --------
+    >>> require_device("meta")
+    Traceback (most recent call last):
+    slimrank.errors.ModelError: cannot use device meta: it holds no numbers
+    """
+    try:
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no numbers")
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = reason(error).split(". ")[0]
+        raise ModelError(f"cannot use device {device}: {why}") from error
+
+
+def open_model(
+    source: Source, dtype: str = "auto", *, device: str | None = None, stream: bool = False
+) -> Any:
+    """Load a causal language model to a device, or leave its weights in their files.
+
+    Raises
+    ------
+    ModelError, CheckpointError, NumericalError
+        As `require_device`, and `load_model` or `map_model`.
+    """
+    require_device(device)
+    if stream:
+        return map_model(source, dtype, device)
+    model = load_model(source, dtype)
+    return model.to(device) if device else model
 
 
 def load_skeleton(source: Source, dtype: str = "auto") -> Any:

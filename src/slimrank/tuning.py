@@ -25,7 +25,7 @@ from slimrank.calibration import (
     keep_final,
     stacked,
 )
-from slimrank.model import Anatomy
+from slimrank.model import Anatomy, device_of
 from slimrank.options import CompressionOptions
 from slimrank.recipe import TuneRecipe
 from slimrank.refine import MicroBatch, refine_block
@@ -147,7 +147,7 @@ class _Sequences:
         return self.streams.in_all[self.is_held_out]
 
     def micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
-        device = next(self.first.parameters()).device
+        device = device_of(self.first)
         store = self.streams.store
         own = self.streams.own(sequences, self.streams.num_calibration * self.is_held_out)
         for numbers in self.streams.groups(own):

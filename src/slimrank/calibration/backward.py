@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from slimrank.calibration.hooks import taking_inputs
 from slimrank.calibration.replay import Call, call_block
 from slimrank.calibration.sensitivity import watched
+from slimrank.model import device_of
 
 HALF_PEAK = 8  # binary exponent of the largest entry of a float16 gradient that enters a block
 
@@ -76,7 +77,7 @@ def pull_back(
     >>> found.entering.item(), found.outputs[""][0].item()
     (3.0, 1.0)
     """
-    device = next(block.parameters()).device
+    device = device_of(block)
     linears = {name: block.get_submodule(name) for name in names}
     seen: dict[str, list[Tensor]] = {name: [] for name in linears} if with_inputs else {}
     takers = {name: partial(_keep, kept) for name, kept in seen.items()}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from slimrank import processes
 from slimrank.calibration.backward import Pulled
 from slimrank.errors import NumericalError
-from slimrank.linalg import MomentAccumulator
-from slimrank.model import Anatomy
+from slimrank.linalg import MomentAccumulator, float64_device, in_float64
+from slimrank.model import Anatomy, device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class BlockGradientSums:
     ) -> None:
         self.index, self.path = index, f"{anatomy.path}.{index}"
         self.needs_inputs = weight_gradients or mean_gradients
-        self.device = next(model.get_submodule(self.path).parameters()).device
+        self.device = device_of(model.get_submodule(self.path))
         shapes = {
             site.name.removeprefix(f"{self.path}."): site.shape
             for group in anatomy.groups[index]
@@ -78,15 +78,14 @@ class BlockGradientSums:
         widths = {name: shape.out_features for name, shape in shapes.items()}
         self._metrics = {name: MomentAccumulator(n, self.device) for name, n in widths.items()}
         self._output: MomentAccumulator | None = None
+        place = float64_device(self.device)
         self._rows = {
-            name: torch.zeros(n, dtype=torch.float64, device=self.device)
+            name: torch.zeros(n, dtype=torch.float64, device=place)
             for name, n in widths.items()
             if weight_gradients
         }
         self._gradients = {
-            name: torch.zeros(
-                s.out_features, s.in_features, dtype=torch.float64, device=self.device
-            )
+            name: torch.zeros(s.out_features, s.in_features, dtype=torch.float64, device=place)
             for name, s in shapes.items()
             if mean_gradients
         }
@@ -129,9 +128,9 @@ class BlockGradientSums:
             summed = torch.as_tensor(sum(_rows_of(g).mT @ _rows_of(x).to(g) for g, x in pairs))
             if self._rows:
                 norms = torch.linalg.vector_norm(summed, dim=1)
-                self._rows[name] += (norms.double() / predicted).square()
+                self._rows[name] += (in_float64(norms) / predicted).square()
             if self._gradients:
-                self._gradients[name] += summed
+                self._gradients[name] += summed.to(self._gradients[name].device)
 
     def result(self, predicted: int, dtype: torch.dtype) -> BlockGradients:
         """Means over all predicted tokens and windows, of all processes; to be called once."""

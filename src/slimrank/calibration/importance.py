@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from slimrank import processes
+from slimrank.linalg import in_float64
 
 
 @dataclass(slots=True)
@@ -45,7 +46,7 @@ class BlockInfluence:
         """
         before, after = entering.flatten(0, -2).float(), leaving.flatten(0, -2).float()
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
-        self.total += float((1 - cosine.double()).sum())
+        self.total += float((1 - in_float64(cosine)).sum())
         self.tokens += len(before)
 
     def merge_all(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimrank.calibration.windows import TokenWindows
 from slimrank.errors import TextError
+from slimrank.linalg import in_float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class Labels:
         stop = start + len(logits)
         if self.draws is None:
             return self.windows.windows[number][start + 1 : stop + 1].to(logits.device)
-        shares = logits.double().softmax(-1).cumsum_(-1)
+        shares = in_float64(logits).softmax(-1).cumsum_(-1)
         places = self.draws[number][start:stop, None].to(shares) * shares[:, -1:]
         chosen = torch.searchsorted(shares, places, right=True).squeeze(1)
-        return chosen.clamp_max(logits.shape[-1] - 1)
+        return chosen.clamp_max(logits.shape[-1] - 1).to(logits.device)

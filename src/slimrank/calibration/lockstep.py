@@ -20,7 +20,7 @@ from slimrank.calibration.store import stacked, together
 from slimrank.calibration.streams import ORIGINAL, SHIFTED, Streams
 from slimrank.calibration.sums import GroupSums, OutputEnergy
 from slimrank.errors import ModelError
-from slimrank.model import InputGroup
+from slimrank.model import InputGroup, device_of
 
 TARGET, INPUT, ARRIVED, NEXT = "target", "input", "arrived", "next"
 
@@ -94,7 +94,7 @@ def pass_original(
         If `needs` is of both streams and the inputs of a linear are not one a token (experts):
         those of one stream cannot be told from the other's.
     """
-    device = next(pair.original.parameters()).device
+    device = device_of(pair.original)
     found = OriginalPass()
     outputs: dict[str, OutputEnergy] = {}
     endings: dict[str, Ending | None] = {}

@@ -9,6 +9,7 @@ from slimrank.calibration.hooks import Taker, inputs_of, taking_inputs
 from slimrank.calibration.joint import own_windows
 from slimrank.calibration.windows import TokenWindows
 from slimrank.errors import NumericalError
+from slimrank.linalg import in_float64
 from slimrank.model import Anatomy
 
 
@@ -30,7 +31,7 @@ class MagnitudeSums:
     def add(self, inputs: Tensor) -> None:
         """Add the tokens of ``(..., features)``."""
         rows = inputs.detach().reshape(-1, len(self._sum))
-        added = rows.double().abs().sum(dim=0).cpu()
+        added = in_float64(rows).abs().sum(dim=0).cpu()
         if not bool(added.isfinite().all()):
             raise NumericalError("an activation is NaN or infinite")
         self._sum += added

@@ -11,8 +11,8 @@ from slimrank.calibration.importance import BlockInfluence
 from slimrank.calibration.joint import joint_moments
 from slimrank.calibration.replay import Batch, Batches, run_block
 from slimrank.calibration.token_check import gap_on_tokens
-from slimrank.linalg import MomentAccumulator, Moments, output_loss
-from slimrank.model import InputGroup
+from slimrank.linalg import MomentAccumulator, Moments, in_float64, output_loss
+from slimrank.model import InputGroup, device_of
 from slimrank.nn import LowRankLinear
 
 
@@ -87,7 +87,7 @@ def collect_moments(
     CheckpointError
         If hidden states go to disk, and it is full.
     """
-    device = next(block.parameters()).device
+    device = device_of(block)
     total = [MomentAccumulator(group.in_features, device) for group in groups]
     last = tuple(LastInputs(group.in_features, []) for group in groups)
     influence, influence_behind = BlockInfluence(), BlockInfluence()
@@ -195,8 +195,8 @@ def _measurer(linear: nn.Module, replacement: LowRankLinear, sums: _ErrorSums) -
     def measure(inputs: Tensor) -> None:
         tokens = inputs.reshape(-1, weight.shape[1]).float()
         outputs = tokens @ weight.mT
-        sums.error += float((outputs - tokens @ right.mT @ left.mT).double().square().sum())
-        sums.energy += float(outputs.double().square().sum())
+        sums.error += float(in_float64(outputs - tokens @ right.mT @ left.mT).square().sum())
+        sums.energy += float(in_float64(outputs).square().sum())
 
     return measure
 

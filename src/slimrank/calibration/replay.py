@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slimrank.calibration.store import ActivationStore
 from slimrank.calibration.windows import TokenWindows
 from slimrank.errors import ModelError
-from slimrank.model import Anatomy
+from slimrank.model import Anatomy, device_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -145,7 +145,7 @@ def call_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
         The arguments beside the hidden states.
     """
     args, kwargs = call
-    output = block(hidden.to(next(block.parameters()).device), *args, **kwargs)
+    output = block(hidden.to(device_of(block)), *args, **kwargs)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 

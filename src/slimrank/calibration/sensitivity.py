@@ -11,6 +11,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from slimrank.calibration.replay import Call, call_block
 from slimrank.errors import NumericalError
+from slimrank.linalg import in_float64
+from slimrank.model import device_of
 
 
 def output_sensitivity(
@@ -96,7 +98,7 @@ def output_sensitivity(
     """
     if probes < 1:
         raise ValueError(f"at least one probe is needed, not {probes}")
-    device = next(block.parameters()).device
+    device = device_of(block)
     with torch.enable_grad(), watched(linears) as edges:
         states = inputs.detach().to(device).requires_grad_()
         outputs = call_block(block, states, call)
@@ -110,7 +112,7 @@ def output_sensitivity(
         pulled = torch.autograd.grad(outputs, sources, probe, retain_graph=True, allow_unused=True)
         for name, gradient in zip(owners, pulled, strict=True):
             if gradient is not None:
-                squares[name] += float(gradient.double().square().sum())
+                squares[name] += float(in_float64(gradient).square().sum())
     tokens = inputs.shape[0] * inputs.shape[1]
     gains = {
         name: squares[name] / (probes * tokens * found[0][1]) if found else 0.0

@@ -28,7 +28,7 @@ from slimrank.calibration.store import together
 from slimrank.calibration.streams import SHIFTED, Streams
 from slimrank.calibration.sums import BlockErrorSums, GroupSums
 from slimrank.errors import NumericalError
-from slimrank.model import InputGroup
+from slimrank.model import InputGroup, device_of
 from slimrank.report import BlockError
 
 
@@ -63,7 +63,7 @@ def pass_level(
     dict of str to GroupSums
         By the group's first linear.
     """
-    device = next(pair.compressed.parameters()).device
+    device = device_of(pair.compressed)
     sums = {g.sites[0].name: GroupSums(g, needs, device) for g in level}
     wanted = _Level(pair, sums, needs, streams, frozenset(pending))
     finished = _finished(pair, solved, pending)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimrank import processes
 from slimrank.calibration.hooks import inputs_of
 from slimrank.calibration.joint import joint_moments
-from slimrank.linalg import DriftAccumulator, MomentAccumulator, Moments
+from slimrank.linalg import DriftAccumulator, MomentAccumulator, Moments, in_float64
 from slimrank.model import InputGroup
 from slimrank.report import BlockError
 
@@ -137,4 +137,4 @@ class BlockErrorSums:
 def _norms(tokens: Tensor) -> Tensor:
     """Norm of each token, in one pass over it; float64, to be squared and summed."""
     norms: Tensor = torch.linalg.vector_norm(tokens.float(), dim=-1)
-    return norms.double()
+    return in_float64(norms)

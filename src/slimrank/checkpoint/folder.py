@@ -123,14 +123,15 @@ def compare_with_folder(model: Any, folder: Path, probe: Tensor) -> None:
         If a tensor or a logit differs in one bit.
     """
     if is_mapped(model):
-        again = load_mapped(folder)
+        again = load_mapped(folder, device=next(model.parameters()).device)
     else:
         again = load(folder, dtype="auto").to(next(model.parameters()).device)
     expected, found = (each.state_dict(keep_vars=True) for each in (model, again))
     if expected.keys() != found.keys():
         raise CheckpointError("the folder does not read back with the same tensors")
     for name, tensor in expected.items():
-        same = tensor.dtype == found[name].dtype and torch.equal(tensor, found[name])
+        written = found[name].to(tensor.device)
+        same = tensor.dtype == written.dtype and torch.equal(tensor, written)
         if not same:
             raise CheckpointError(f"{name} does not read back as it was written")
         let_go_of((tensor, found[name]))

@@ -2,8 +2,7 @@
 
 import json
 import re
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from slimrank.checkpoint.quantizer import LowRankQuantizer, check_files, swap_in
 from slimrank.checkpoint.size import as_saved, read_headers, saved_tensors
 from slimrank.checkpoint.sound import own_weight_files, require_sound
 from slimrank.errors import CheckpointError
-from slimrank.model import let_go, map_parameters
+from slimrank.model import let_go, map_parameters, run_on, take_turns
 
 LEAST_SHARD, MOST_SHARD = 2**28, 5 * 10**9
 
 
-def load_mapped(folder: Path, dtype: str = "auto") -> Any:
+def load_mapped(folder: Path, dtype: str = "auto", device: str | torch.device | None = None) -> Any:
     """Open a causal language model whose weights stay in their files (see `slimrank.model.mapped`).
 
     What a block touches is let go of when another runs. Computes what the model in memory computes.
@@ -36,11 +35,13 @@ def load_mapped(folder: Path, dtype: str = "auto") -> Any:
         Of a dense model, or of one compressed by slimrank with factors of floats.
     dtype : str
         ``"auto"``, or what the weights are stored in.
+    device : optional
+        Where it runs; blocks come there in turns. On the CPU if left out.
 
     Returns
     -------
     transformers.PreTrainedModel
-        On the CPU, in eval mode, without gradients.
+        In eval mode, without gradients.
 
     Raises
     ------
@@ -71,7 +72,9 @@ def load_mapped(folder: Path, dtype: str = "auto") -> Any:
         model.hf_quantizer._process_model_after_weight_loading(model)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    _take_turns(_parts(model))
+    take_turns(_parts(model))
+    if device is not None:
+        run_on(model, _blocks(model), device)
     return model.eval().requires_grad_(False)
 
 
@@ -183,23 +186,6 @@ def _blocks(model: Any) -> list[nn.Module]:
             found += module
             inside |= set(module.modules())
     return found
-
-
-def _take_turns(parts: Iterable[nn.Module]) -> None:
-    """Let go of the part that ran last when another begins: batch after batch reads a part once.
-
-    Copies of the model take turns with it: a function is not copied, and what it holds is weak.
-    """
-    ran: list[weakref.ref[nn.Module]] = []
-
-    def begin(part: nn.Module, _: Any) -> None:
-        last = ran.pop()() if ran else None
-        ran.append(weakref.ref(part))
-        if last is not None and last is not part:
-            let_go(last)
-
-    for part in parts:
-        part.register_forward_pre_hook(begin)
 
 
 def _low_rank_config(folder: Path, config: Any) -> LowRankConfig | None:

@@ -15,7 +15,7 @@ from slimrank.allocation import Layout, LinearProfile, LinearShape
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint.durable import file_hash
 from slimrank.errors import CheckpointError
-from slimrank.linalg import Decomposition
+from slimrank.linalg import Decomposition, in_float64
 from slimrank.recipe import CalibrationRecipe
 from slimrank.report import Count
 
@@ -232,7 +232,7 @@ class Profile:
         return Decomposition(
             basis=basis,
             dual=dual,
-            target=weight.detach().double(),
+            target=in_float64(weight.detach()),
             singular_values=self.spectra[name],
             jitter=entry.jitter,
         )

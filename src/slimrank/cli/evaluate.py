@@ -22,7 +22,7 @@ from slimrank.evaluation import (
     zero_shot,
 )
 from slimrank.recipe import CalibrationRecipe
-from slimrank.source import load_model, load_tokenizer, map_model, parse_source, tokenize
+from slimrank.source import load_tokenizer, open_model, parse_source, tokenize
 
 
 @friendly
@@ -67,15 +67,12 @@ def evaluate_command(
         raise RecipeError("nothing to evaluate on: give --text, --zero-shot or both")
     if folder is None and (tasks is not None or limit is not None):
         raise RecipeError("--tasks and --limit are for --zero-shot FOLDER")
-    if stream and device not in (None, "cpu"):
-        raise RecipeError(f"--stream works on the CPU; leave out --device {device}")
     questions = _read_questions(folder, tasks, limit) if folder else []
     words = read_text(CalibrationRecipe(source=tuple(text))) if text else ""
     source = parse_source(model)
     tokenizer = load_tokenizer(source)
     ids = tokenize(tokenizer, words) if text else None
-    loaded = (map_model if stream else load_model)(source, dtype or "auto")
-    loaded = loaded.to(device) if device else loaded
+    loaded = open_model(source, dtype or "auto", device=device, stream=stream)
     result = None
     if ids is not None:
         result = perplexity(

@@ -169,7 +169,7 @@ Stream = Annotated[
     typer.Option(
         "--stream",
         help="Leave the weights in their files and work on one block at a time, for models that "
-        "memory does not hold. On the CPU.",
+        "memory does not hold. With --device they come there in turns.",
     ),
 ]
 KVKeep = Annotated[
@@ -216,7 +216,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="Load and store in auto, float32, bfloat16 or float16. [default: auto]"),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: cpu]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. [default: cpu]")]
 BatchSize = Annotated[
     int | None, typer.Option(help="Sequences at once. [default: about 4,096 tokens]", min=1)
 ]

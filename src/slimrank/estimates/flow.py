@@ -179,7 +179,11 @@ def _write(run: Run, base: Phase, statistics: list[Part]) -> Phase:
         block = max(block.whole_bytes for block in facts.blocks)
         shard = min(max(2 * block, LEAST_SHARD), MOST_SHARD, run.output_bytes)
         ends = facts.embedding_bytes + facts.head_bytes
-        phase.hold("weights", max(shard, 2 * facts.largest_bytes, ends), is_mapped=True)
+        read = max(shard, 2 * facts.largest_bytes, ends)
+        phase.hold("weights", read, is_mapped=True, on_host=True)
+        if phase.place.has_device:  # of what is read back too
+            phase.hold("weights outside the blocks", run.outside_bytes)
+            phase.hold("weights", max(block.dense_bytes for block in facts.blocks))
     else:
         phase.hold("factors", facts.factor_bytes, _piece(run))
         phase.hold("model read back", run.output_bytes, is_mapped=True)

@@ -32,17 +32,29 @@ class Run:
     output_bytes: int
 
     def start(self) -> Phase:
-        """What is held from beginning to end: the model, unless it stays in its files."""
+        """What is held from beginning to end: the model, unless it stays in its files.
+
+        Of one that does, what lies outside the blocks is on the accelerator for good.
+        """
         place = Place(self.options.device not in (None, "cpu"), self.options.memory)
         base = Phase("", place)
         if not self.options.stream:
             base.hold("model", self.facts.model_bytes, is_mapped=True)
+        elif place.has_device:
+            base.hold("weights outside the blocks", self.outside_bytes)
         return base
+
+    @property
+    def outside_bytes(self) -> int:
+        """Of the weights outside the blocks."""
+        return self.facts.model_bytes - sum(block.dense_bytes for block in self.facts.blocks)
 
     def weights(self, phase: Phase, size: int) -> None:
         """Weights that are read in a phase, where the model is not held anyway."""
         if self.options.stream:
-            phase.hold("weights", size, is_mapped=True)
+            phase.hold("weights", size, is_mapped=True, on_host=True)
+            if phase.place.has_device:
+                phase.hold("weights", min(size, max(b.dense_bytes for b in self.facts.blocks)))
 
     def activations(self, phase: Phase, size: int) -> None:
         """What a block holds while a batch passes; its pieces are those of the widest linear."""

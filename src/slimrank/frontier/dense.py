@@ -54,8 +54,7 @@ class DenseModel:
         SlimrankError
             See `slimrank.source.open_dense` and `slimrank.targets.find_work`.
         """
-        model, name, tokenizer = open_dense(bench.model, dtype)
-        model = model.to(device) if device else model
+        model, name, tokenizer = open_dense(bench.model, dtype, device=device)
         chosen = {key: bench.base[key] for key in OF_TARGETS if key in bench.base}
         whole = CompressionRecipe.from_dict({**chosen, "budget": {"param_ratio": 1}}, "base")
         targets = tuple(find_work(model, whole).names)

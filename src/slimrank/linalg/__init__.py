@@ -2,6 +2,7 @@
 
 from slimrank.linalg.anchored import anchored_loss, anchored_target, decompose_anchored
 from slimrank.linalg.drift import DriftAccumulator
+from slimrank.linalg.exact import float64_device, in_float64
 from slimrank.linalg.first_order import predicted_changes
 from slimrank.linalg.lowrank import (
     Decomposition,
@@ -51,6 +52,8 @@ __all__ = [
     "effective_rank",
     "even_columns",
     "fix_signs",
+    "float64_device",
+    "in_float64",
     "normalized_effective_rank",
     "other_rows",
     "output_loss",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
+from slimrank.linalg.exact import in_float64
 from slimrank.linalg.lowrank import Decomposition, Factors, decompose_outputs, output_loss
 from slimrank.linalg.moments import Moments
 from slimrank.linalg.psd import divide, require_finite
@@ -35,12 +36,12 @@ def anchored_loss(
     ValueError
         If the streams differ and the moments tell no energy of the original outputs.
     """
-    weight = weight.detach().double()
+    weight = in_float64(weight.detach())
     assert moments.arriving is not None
     if moments.drift is None or anchor == 0:
         return output_loss(weight, factors, moments.arriving)
     seen, drift = moments.arriving.to(weight), moments.drift.to(weight)
-    left, right = factors.left.double(), factors.right.double()
+    left, right = in_float64(factors.left), in_float64(factors.right)
     wanted = left.mT @ weight
     given = (left.mT @ left) @ right
     products = (given - 2 * wanted) @ seen
@@ -93,7 +94,7 @@ def decompose_anchored(
     ([[6.0, 0.0], [0.0, 0.0]], 4.0, 0.0)
     """
     target = anchored_target(weight, moments, anchor)
-    weight = weight.detach().double()
+    weight = in_float64(weight.detach())
     assert moments.arriving is not None
     solved = decompose_outputs(target, moments.arriving.to(weight), moments.known_tokens)
     if moments.drift is None or anchor == 0:
@@ -115,7 +116,7 @@ def anchored_target(
     assert seen is not None
     require_finite(weight, "the weight")
     require_finite(seen, "the second moment")
-    weight = weight.detach().double()
+    weight = in_float64(weight.detach())
     if moments.drift is None or anchor == 0:
         return weight
     require_finite(moments.drift, "the drift")

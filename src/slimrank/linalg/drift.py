@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from slimrank.linalg.exact import float64_device, in_float64
 from slimrank.linalg.moments import (
     SMALL_BLOCK,
     Centred,
@@ -38,6 +39,7 @@ class DriftAccumulator:
         self.features = features
         self.tokens = 0
         self._is_centred = False
+        device = float64_device(device)
         self._centre = torch.zeros(features, dtype=torch.float64, device=device)
         self._first = torch.zeros(features, dtype=torch.float64, device=device)
         self._products: Tensor | None = None
@@ -65,7 +67,7 @@ class DriftAccumulator:
         x = original.detach().reshape(-1, self.features)
         z = shifted.detach().reshape(-1, self.features)
         exact = z.dtype == torch.float64 or len(z) < SMALL_BLOCK
-        x, z = (x.double(), z.double()) if exact else (x.float(), z.float())
+        x, z = (in_float64(x), in_float64(z)) if exact else (x.float(), z.float())
         drift = x - z
         sizes = require_squarable(drift)
         if not sizes.any():
@@ -78,8 +80,8 @@ class DriftAccumulator:
         self.tokens += len(z)
         rows = heavy.nonzero().flatten()
         if len(rows):
-            exactly = x[rows].double() - z[rows].double()
-            self._add(exactly, z[rows].double() - self._centre.to(z.device))
+            exactly = in_float64(x[rows]) - in_float64(z[rows])
+            self._add(exactly, in_float64(z[rows]) - self._centre.to(exactly.device))
             drift.index_fill_(0, rows, 0)
         self._add(drift, about)
 
@@ -88,7 +90,7 @@ class DriftAccumulator:
         centre = self._centre
         if not self._is_centred and len(z) >= SMALL_BLOCK:
             require_squarable(z)
-            centre = typical_mean(z).float().to(self._centre)
+            centre = in_float64(typical_mean(z).float()).to(self._centre.device)
         about = z - centre.to(z)
         return Centred(about, centre, heavy_tokens(require_squarable(about)))
 
@@ -117,7 +119,7 @@ class DriftAccumulator:
         self._centre, self._is_centred = centre, True
 
     def _add(self, drift: Tensor, centred: Tensor) -> None:
-        self._first += drift.sum(dim=0).to(self._first)
+        self._first += in_float64(drift.sum(dim=0)).to(self._first.device)
         add_product(self._sums(), drift, centred)
 
     def _sums(self) -> Tensor:

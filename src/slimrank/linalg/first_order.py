@@ -3,6 +3,7 @@
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from slimrank.linalg.exact import in_float64
 from slimrank.linalg.lowrank import Decomposition
 
 
@@ -50,4 +51,4 @@ def predicted_changes(
     basis = solved.basis.to(solved.target)
     dual = basis if solved.dual is None else solved.dual.to(basis)
     changes: Tensor = -((basis.mT @ gradient.to(basis)) * (dual.mT @ solved.target)).sum(dim=1)
-    return changes.double()
+    return in_float64(changes)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from slimrank.linalg.exact import in_float64
 from slimrank.linalg.psd import cholesky_with_jitter, require_finite, symmetric_root, symmetrize
 from slimrank.linalg.signs import fix_signs
 from slimrank.linalg.spectrum import tail_energy
@@ -191,7 +192,7 @@ def output_loss(
     metric : Tensor of shape (out, out) or (out,), optional
         Metric ``G`` of the outputs, or its diagonal; the identity if left out.
     """
-    gap = weight.detach().double() - factors.left.double() @ factors.right.double()
+    gap = in_float64(weight.detach()) - in_float64(factors.left) @ in_float64(factors.right)
     return max(float((_through(gap, moment) * _in_metric(metric, gap)).sum()), 0.0)
 
 
@@ -317,7 +318,7 @@ def _checked(target: Tensor, moment: Tensor | None) -> Tensor:
     require_finite(target, "the weight")
     if moment is not None:
         require_finite(moment, "the second moment")
-    return target.detach().double()
+    return in_float64(target.detach())
 
 
 def _leading_outputs(target: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:

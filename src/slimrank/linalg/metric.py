@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from slimrank.errors import NotPositiveDefiniteError
+from slimrank.linalg.exact import in_float64
 from slimrank.linalg.lowrank import Decomposition, decompose_outputs
 from slimrank.linalg.psd import cholesky_with_jitter, require_finite, symmetrize
 
@@ -55,7 +56,7 @@ def damped(
     [4.0, 2.0]
     """
     require_finite(metric, "the output metric")
-    whole = metric.detach().double()
+    whole = in_float64(metric.detach())
     diagonal = whole if whole.ndim == 1 else whole.diagonal()
     mean = float(diagonal.mean())
     size = relative * mean if mean > 0 else FAINT
@@ -117,7 +118,7 @@ def decompose_in_metric(
     """
     require_finite(target, "the weight")
     require_finite(metric, "the output metric")
-    target, metric = target.detach().double(), metric.detach()
+    target, metric = in_float64(target.detach()), metric.detach()
     if metric.ndim == 1:
         scale = _diagonal_root(metric.to(target))
         solved = decompose_outputs(scale * target, moment, tokens)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from slimrank.errors import NumericalError
+from slimrank.linalg.exact import float64_device, in_float64
 
 STRIPES = 8
 HEAVY = 64.0
@@ -132,7 +133,7 @@ class MomentAccumulator:
     features : int
         Width of the input.
     device : torch.device or str, optional
-        Where the sums live; products are taken where the activations are.
+        Where the sums live, if it has float64; products are taken where the activations are.
 
     Examples
     --------
@@ -146,6 +147,7 @@ class MomentAccumulator:
         self.features = features
         self.tokens = 0
         self._is_centred = False
+        device = float64_device(device)
         self._centre = torch.zeros(features, dtype=torch.float64, device=device)
         self._first = torch.zeros(features, dtype=torch.float64, device=device)
         self._second = torch.zeros(features, features, dtype=torch.float64, device=device)
@@ -172,16 +174,16 @@ class MomentAccumulator:
         if tokens.shape[0] == 0:
             return None
         exact = tokens.dtype == torch.float64 or len(tokens) < SMALL_BLOCK
-        tokens = tokens.double() if exact else tokens.float()
+        tokens = in_float64(tokens) if exact else tokens.float()
         if not self._is_centred and len(tokens) >= SMALL_BLOCK:
             require_squarable(tokens)
-            self._move_centre(typical_mean(tokens))
+            self._move_centre(in_float64(typical_mean(tokens)))
         centre = self._centre.to(tokens)
         centred = tokens - centre
         heavy = heavy_tokens(require_squarable(centred))
         rows = heavy.nonzero().flatten()
         if len(rows):
-            self._add(tokens[rows].double() - centre.double())
+            self._add(in_float64(tokens[rows]) - in_float64(centre))
             centred.index_fill_(0, rows, 0)  # a mask would write all of it
         self._add(centred)
         self.tokens += len(tokens)
@@ -196,7 +198,7 @@ class MomentAccumulator:
 
     def _add(self, tokens: Float[Tensor, "tokens features"]) -> None:
         """Add the lower triangle of ``tokensᵀ tokens``, one stripe of rows at a time."""
-        self._first += tokens.sum(dim=0).to(self._first)
+        self._first += in_float64(tokens.sum(dim=0)).to(self._first.device)
         edges = [self.features * i // STRIPES for i in range(STRIPES + 1)]
         for start, end in pairwise(edges):
             if start < end:

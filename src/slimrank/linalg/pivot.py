@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from slimrank.errors import NumericalError
+from slimrank.linalg.exact import in_float64
 from slimrank.linalg.lowrank import Factors
 from slimrank.linalg.psd import require_finite
 
@@ -103,7 +104,7 @@ def pivot_rows(factors: Factors, bound: float = 2.0) -> PivotedFactors:
         raise ValueError(f"coefficients are bounded by more than 1, not by {bound:g}")
     require_finite(factors.left, "the left factor")
     require_finite(factors.right, "the right factor")
-    left, right = factors.left.detach().double(), factors.right.detach().double()
+    left, right = in_float64(factors.left.detach()), in_float64(factors.right.detach())
     out_features, rank = left.shape
     if rank > out_features:
         raise ValueError(f"rank {rank} is over the {out_features} rows that pivots are chosen of")

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from slimrank.errors import NumericalError
+from slimrank.linalg.exact import in_float64
 from slimrank.linalg.lowrank import Factors
 
 LARGEST_CODE = 127
@@ -61,16 +62,16 @@ def round_rows(
     >>> rows.codes.tolist(), rows.scale.tolist()
     ([[127, -63, 1], [0, 0, 0]], [1.0, 0.0])
     """
-    values = matrix.detach().double()
+    values = in_float64(matrix.detach())
     exact = values.abs().amax(dim=1) / LARGEST_CODE
     scale = exact.to(dtype or matrix.dtype)
     above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
-    scale = torch.where(scale.double() < exact, above, scale)
+    scale = torch.where(in_float64(scale) < exact, above, scale)
     if not torch.isfinite(scale).all():
         raise NumericalError(
             f"cannot round a matrix to eight bits: an entry is not finite, or beyond {scale.dtype}"
         )
-    steps = scale.double()[:, None]
+    steps = in_float64(scale)[:, None]
     codes = torch.where(steps > 0, values / steps, 0.0).round().to(torch.int8)
     return RoundedRows(codes, scale)
 
@@ -89,7 +90,7 @@ def even_columns(factors: Factors) -> Factors:
     >>> even_columns(factors).right.tolist()
     [[5.0, 0.0], [0.0, 1.0]]
     """
-    left, right = factors.left.double(), factors.right.double()
+    left, right = in_float64(factors.left), in_float64(factors.right)
     lengths = torch.linalg.vector_norm(left, dim=0)
     lengths = torch.where(lengths > 0, lengths, 1.0)
     return Factors(left=left / lengths, right=right * lengths[:, None])
@@ -112,8 +113,8 @@ def principal_components(factors: Factors) -> Factors:
     >>> [round(abs(x), 4) for x in (found.left[0] @ found.right).tolist()]
     [1.0, 0.0]
     """
-    left, triangle = torch.linalg.qr(factors.left.double())
-    right = triangle @ factors.right.double()
+    left, triangle = torch.linalg.qr(in_float64(factors.left))
+    right = triangle @ in_float64(factors.right)
     rotation = torch.linalg.eigh(right @ right.mT).eigenvectors.flip(1)
     return Factors(left=left @ rotation, right=rotation.mT @ right)
 
@@ -140,8 +141,8 @@ def rounding_loss(exact: Factors, rounded: Factors) -> float:
     >>> rounding_loss(exact, Factors(torch.ones(2, 1), torch.tensor([[3.0, 5.0]])))
     0.04
     """
-    left, right = exact.left.double(), exact.right.double()
-    other_left, other_right = rounded.left.double(), rounded.right.double()
+    left, right = in_float64(exact.left), in_float64(exact.right)
+    other_left, other_right = in_float64(rounded.left), in_float64(rounded.right)
     lost = _energy(
         torch.cat([left - other_left, other_left], dim=1),
         torch.cat([right, right - other_right], dim=0),

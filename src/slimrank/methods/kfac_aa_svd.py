@@ -12,6 +12,7 @@ from slimrank.linalg import (
     anchored_target,
     damped,
     decompose_in_metric,
+    in_float64,
     output_loss,
 )
 from slimrank.linalg.psd import require_finite
@@ -68,7 +69,7 @@ def _floor(weight: Tensor, target: Tensor, metric: Tensor, moments: Moments) -> 
     require_finite(moments.original, "the second moment of the original inputs")
     if moments.shifted is None:
         return 0.0
-    weight = weight.detach().double()
+    weight = in_float64(weight.detach())
     wanted = weight @ moments.original.to(weight) @ weight.mT
     reached = target @ moments.shifted.to(weight) @ target.mT
     return max(float(((wanted - reached) * metric.to(weight)).sum()), 0.0)

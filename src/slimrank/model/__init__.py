@@ -10,8 +10,9 @@ from slimrank.model.anatomy import (
 )
 from slimrank.model.attention import AttentionSite, find_attention
 from slimrank.model.fingerprint import weights_fingerprint
-from slimrank.model.mapped import copy_of, is_mapped, let_go, let_go_of, map_parameters
+from slimrank.model.mapped import copy_of, is_mapped, let_go_of, map_parameters
 from slimrank.model.surgery import matches, replace_linear, select_targets, split_fused
+from slimrank.model.turns import device_of, let_go, run_on, staying, take_turns
 
 __all__ = [
     "Anatomy",
@@ -20,6 +21,7 @@ __all__ = [
     "LinearSite",
     "block_path",
     "copy_of",
+    "device_of",
     "discover",
     "find_attention",
     "is_mapped",
@@ -29,7 +31,10 @@ __all__ = [
     "map_parameters",
     "matches",
     "replace_linear",
+    "run_on",
     "select_targets",
     "split_fused",
+    "staying",
+    "take_turns",
     "weights_fingerprint",
 ]

@@ -1,8 +1,8 @@
 """Weights that stay in their files: mapped, read where they are used, and let go of again.
 
 A mapped weight is an ordinary tensor. Its pages are read from the file when they are first touched
-and count as resident memory until `let_go`; touched again, they are read again. So a model of any
-size is worked on block by block, in code that knows nothing of it.
+and count as resident memory until they are let go of; touched again, they are read again. So a
+model of any size is worked on block by block, in code that knows nothing of it.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import CheckpointError
 
-PAGES = "_pages"
+PAGES, HOME = "_pages", "_mapped_at"
 NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: files may be larger than memory and swap
 
 
@@ -90,17 +90,11 @@ def _map_privately(number: int, path: Path) -> mmap.mmap:
         raise CheckpointError(f"cannot map {path}: {error.strerror}") from error
 
 
-def let_go(module: nn.Module) -> None:
-    """Give back the memory that mapped weights of a module take; they are read again when touched.
-
-    Weights that are not mapped, or were written to since, stay as they are.
-    """
-    if let_go_of(module.parameters()):
-        _trim()
-
-
 def let_go_of(parameters: Iterable[Tensor]) -> bool:
-    """The same for some parameters; tell whether any of them was mapped."""
+    """Give back the memory that mapped parameters take; tell whether any of them was mapped.
+
+    They are read again when they are touched. One that was written to since stays as it is.
+    """
     found = False
     for parameter in parameters:
         pages: _Pages | None = getattr(parameter, PAGES, None)
@@ -113,7 +107,7 @@ def let_go_of(parameters: Iterable[Tensor]) -> bool:
     return found
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back: glibc keeps large pieces for itself, other libraries do not."""
     trim = _malloc_trim()
     if trim is not None:
@@ -130,10 +124,15 @@ def _malloc_trim() -> Any:
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy; mapped weights are shared, so neither copy may train them."""
-    shared = {id(p): p for p in model.parameters() if hasattr(p, PAGES)}
+    shared = {id(p): p for p in model.parameters() if _is_mapped(p)}
     return copy.deepcopy(model, memo=dict(shared))
 
 
 def is_mapped(model: nn.Module) -> bool:
     """Whether any weight is."""
-    return any(hasattr(parameter, PAGES) for parameter in model.parameters())
+    return any(map(_is_mapped, model.parameters()))
+
+
+def _is_mapped(parameter: nn.Parameter) -> bool:
+    """Whether it lies in a file, or was copied from there to a device."""
+    return hasattr(parameter, PAGES) or hasattr(parameter, HOME)

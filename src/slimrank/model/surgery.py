@@ -8,7 +8,7 @@ from torch import nn
 
 from slimrank.errors import ModelError, RecipeError
 from slimrank.model.attention import AttentionSite
-from slimrank.model.mapped import let_go
+from slimrank.model.turns import let_go
 from slimrank.nn import SplitLinear
 
 

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 
 from slimrank.errors import ModelError
+from slimrank.linalg import in_float64
 from slimrank.nn.key_path import POSITIONS, KeyPath, Positions
 from slimrank.nn.latent_states import LatentKeys, LatentStates, LatentValues
 from slimrank.nn.low_rank_linear import LowRankLinear
@@ -214,8 +215,8 @@ def _agree(rebuilt: Tensor, live: Tensor) -> bool:
     if rebuilt.shape != live.shape:
         return False
     finite = live.isfinite()
-    difference = torch.where(finite, rebuilt - live, 0).double().norm()
-    size = torch.where(finite, live, 0).double().norm()
+    difference = in_float64(torch.where(finite, rebuilt - live, 0)).norm()
+    size = in_float64(torch.where(finite, live, 0)).norm()
     # half a dtype's digits, and no more of them than TF32 leaves
     limit = max(torch.finfo(live.dtype).eps ** 0.5, 2.0**-8)
     return bool(difference <= limit * size)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.linalg import Factors, pivot_rows
+from slimrank.linalg import Factors, in_float64, pivot_rows
 from slimrank.nn.quick_linear import call_linear
 from slimrank.nn.row_placement import RowNumbers, Rows, check_pivots, expand_into_rows
 
@@ -171,7 +171,7 @@ class LowRankLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """Multiply the factors out into an ordinary linear of the same function."""
         latent = self.latent.weight
-        weight = (self.expansion().double() @ latent.double()).to(latent.dtype)
+        weight = (in_float64(self.expansion()) @ in_float64(latent)).to(latent.dtype)
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=False)
         linear.weight = nn.Parameter(weight, latent.requires_grad)

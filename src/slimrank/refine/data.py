@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from slimrank import processes
+from slimrank.linalg import in_float64
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -68,7 +69,7 @@ def target_variance(data: BlockData) -> float:
     """
     own = _Spread()
     for batch in data.micro_batches(range(data.num_sequences)):
-        targets = batch.targets.double()
+        targets = in_float64(batch.targets)
         variance, mean = (float(part) for part in torch.var_mean(targets, correction=0))
         count = targets.numel()
         ends = float(targets.min()), float(targets.max())
@@ -129,7 +130,7 @@ def metric_variance(data: BlockData, root: Float[Tensor, "hidden hidden"]) -> fl
     every, sums, elements = range(data.num_sequences), [], 0
     low, high = math.inf, -math.inf
     for batch in data.micro_batches(every):
-        sums.append(float(batch.targets.double().sum()))
+        sums.append(float(in_float64(batch.targets).sum()))
         elements += batch.targets.numel()
         low = min(low, float(batch.targets.min()))
         high = max(high, float(batch.targets.max()))
@@ -142,11 +143,7 @@ def metric_variance(data: BlockData, root: Float[Tensor, "hidden hidden"]) -> fl
         return math.nan
     mean = total / count
     squares = (
-        float(
-            ((batch.targets.double() - mean) @ root.to(batch.targets.device).double())
-            .square()
-            .sum()
-        )
-        for batch in data.micro_batches(every)
+        float(((targets - mean) @ root.to(targets)).square().sum())
+        for targets in (in_float64(batch.targets) for batch in data.micro_batches(every))
     )
     return processes.sums(math.fsum(squares))[0] / count

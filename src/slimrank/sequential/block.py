@@ -34,9 +34,9 @@ from slimrank.calibration import (
     stacked,
 )
 from slimrank.environment import Clock, peak_bytes
-from slimrank.linalg import Moments
+from slimrank.linalg import Moments, float64_device
 from slimrank.methods import STREAMS, Method
-from slimrank.model import InputGroup, LinearSite, replace_linear
+from slimrank.model import InputGroup, LinearSite, device_of, replace_linear
 from slimrank.recipe import CompressionRecipe
 from slimrank.refine import refine_block
 from slimrank.report import BlockReport
@@ -93,8 +93,7 @@ class BlockInTurn:
     @property
     def device(self) -> torch.device:
         """Where the block is."""
-        parameter: Tensor = next(self.model.get_submodule(self.path).parameters())
-        return parameter.device
+        return device_of(self.model.get_submodule(self.path))
 
     def compress(self, fixed: Mapping[str, int]) -> None:
         """Solve group after group, then train.
@@ -244,7 +243,9 @@ class BlockInTurn:
                     group.sites,
                     partial(self._spectrum, method=method, shown=shown, moments=moments),
                     lambda spectrum: ("", {"spectrum": spectrum}),
-                    lambda _site, _text, tensors: tensors["spectrum"].to(self.device),
+                    lambda _site, _text, tensors: tensors["spectrum"].to(
+                        float64_device(self.device)
+                    ),
                 )
         with self.clock.phase("sensitivity"):
             gains = self._gains(pair)

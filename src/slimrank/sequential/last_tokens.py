@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slimrank.calibration import ARRIVED, INPUT, Streams, gap_on_tokens
-from slimrank.linalg import Factors, Moments, anchored_loss, output_loss
+from slimrank.linalg import Factors, Moments, anchored_loss, float64_device, in_float64, output_loss
 from slimrank.methods import Method
 from slimrank.model import InputGroup
 from slimrank.nn import LowRankLinear
@@ -42,8 +42,9 @@ class LastTokens:
     ) -> "LastTokens":
         """Read what both passes have kept; for a group that saw tokens."""
         key, last = group.sites[0].name, streams.num_calibration - 1
+        place = float64_device(device)
         rows = [
-            streams.store.get((kind, key, last)).to(device, torch.float32).flatten(0, -2)
+            streams.store.get((kind, key, last)).to(place, torch.float32).flatten(0, -2)
             for kind, stream in ((INPUT, "original"), (ARRIVED, "shifted"))
             if stream in method.needs
         ]
@@ -96,9 +97,9 @@ class LastTokens:
 
 def _in_directions(weight: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
     """The parts of both maps along the same random directions of their outputs; float64."""
-    sketch = _directions(len(weight)).to(weight.device)
-    right = (sketch @ factors.left.double()) @ factors.right.double()
-    return sketch @ weight.double(), Factors(torch.eye(DIRECTIONS).to(right), right)
+    sketch = _directions(len(weight)).to(float64_device(weight.device))
+    right = (sketch @ in_float64(factors.left)) @ in_float64(factors.right)
+    return sketch @ in_float64(weight), Factors(torch.eye(DIRECTIONS).to(right), right)
 
 
 @cache
@@ -110,4 +111,4 @@ def _directions(rows: int) -> Tensor:
 
 def _energy(outputs: Tensor) -> float:
     """Mean squared norm of rows, summed in float64."""
-    return float(outputs.double().square().sum()) / len(outputs)
+    return float(in_float64(outputs).square().sum()) / len(outputs)

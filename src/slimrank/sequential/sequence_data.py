@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from slimrank.calibration import SHIFTED, TARGET, BlockPair, Streams, stacked
+from slimrank.model import device_of
 from slimrank.refine import MicroBatch
 
 
@@ -31,7 +32,7 @@ class SequenceData:
 
     def micro_batches(self, sequences: Sequence[int]) -> Iterator[MicroBatch]:
         """Give the own ones of those sequences, a few at a time, on the device of the block."""
-        device = next(self.pair.compressed.parameters()).device
+        device = device_of(self.pair.compressed)
         store = self.streams.store
         own = self.streams.own(sequences, self.streams.num_calibration * self.is_held_out)
         for numbers in self.streams.groups(own):

@@ -9,7 +9,7 @@ from slimrank.calibration import RestOfModel, Streams, keep_final, step_forward
 from slimrank.checkpoint import RunState
 from slimrank.environment import Clock, gathered_warnings
 from slimrank.keeping import keep_block
-from slimrank.model import Anatomy, let_go
+from slimrank.model import Anatomy, let_go, staying
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
 from slimrank.sequential.block import BlockInTurn
@@ -72,8 +72,9 @@ def factorise_in_sequence(
     for index in options.track(range(len(factored.groups)), "compressing"):
         path = f"{anatomy.path}.{index}"
         if state is not None and index < len(state.finished):
-            with clock.phase("resume"):
+            with clock.phase("resume"), staying(model.get_submodule(path)):
                 resume_block(model, index, path, state, streams, walk)
+            let_go(model.get_submodule(path))
             continue
         block = BlockInTurn(
             model,
@@ -87,7 +88,7 @@ def factorise_in_sequence(
             statistics,
             RestOfModel(model, anatomy, streams, index) if is_looking_ahead else None,
         )
-        with gathered_warnings() as messages:
+        with gathered_warnings() as messages, staying(model.get_submodule(path)):
             block.compress(fixed)
         for phase, seconds in block.clock.seconds.items():
             clock.seconds[phase] = clock.seconds.get(phase, 0.0) + seconds

@@ -1,0 +1,141 @@
+"""Blocks that stay in their files come to a device in turns, and leave it again.
+
+Without a device there is nothing to bring: a mapped weight is read where it is used. With one, a
+block is copied there when it is about to run. What lies outside the blocks is there for good.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from slimrank.model.mapped import HOME, PAGES, let_go_of, trim
+
+PLACE, STAYS = "_runs_on", "_stays"
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs: the device of its first parameter, or the one that it comes to in turn.
+
+    Examples
+    --------
+    >>> device_of(nn.Linear(1, 1))
+    device(type='cpu')
+    """
+    place: torch.device | None = module.__dict__.get(PLACE)
+    if place is not None:
+        return place
+    parameter: Tensor = next(module.parameters())
+    return parameter.device
+
+
+def run_on(model: nn.Module, blocks: Iterable[nn.Module], device: str | torch.device) -> None:
+    """Let the blocks of a mapped model run on a device; take there what lies outside them.
+
+    Parameters
+    ----------
+    model : nn.Module
+    blocks : iterable of nn.Module
+    device : str or torch.device
+    """
+    place = torch.device(device)
+    if place.type == "cpu":
+        return
+    inside: set[nn.Module] = set()
+    for block in blocks:
+        inside |= set(block.modules())
+        block.__dict__[PLACE] = place
+    moved: dict[int, nn.Parameter] = {}  # a tied weight stays tied
+    for module in model.modules():
+        _move_buffers(module, place)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and module not in inside:
+                module._parameters[name] = moved.setdefault(id(parameter), _on(parameter, place))
+                let_go_of((parameter,))
+
+
+def take_turns(parts: Iterable[nn.Module]) -> None:
+    """Bring a part when it begins to run, and let go of the one that ran last.
+
+    Batch after batch reads a part once. Copies of the model take turns with it: a function is not
+    copied, and what it holds is weak.
+    """
+    ran: list[weakref.ref[nn.Module]] = []
+
+    def begin(part: nn.Module, _: object) -> None:
+        last = ran.pop()() if ran else None
+        ran.append(weakref.ref(part))
+        if last is not None and last is not part and not last.__dict__.get(STAYS):
+            let_go(last)
+        if "forward" not in part.__dict__:  # one that another function stands in for
+            _bring(part)
+
+    for part in parts:
+        part.register_forward_pre_hook(begin)
+
+
+@contextmanager
+def staying(part: nn.Module) -> Iterator[None]:
+    """Keep a part on its device whatever runs in between, as it must be while it is trained."""
+    part.__dict__[STAYS] = True
+    _bring(part)
+    try:
+        yield
+    finally:
+        del part.__dict__[STAYS]
+
+
+def let_go(module: nn.Module) -> None:
+    """Give back the memory that mapped weights of a module take; they are read again when touched.
+
+    Weights that are not mapped, or were written to since, stay as they are; those of a block that
+    runs on a device leave it.
+    """
+    leaves = PLACE in module.__dict__
+    moved: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and (leaves or hasattr(parameter, HOME)):
+                home = moved.setdefault(id(parameter), _home_of(parameter, leaves))
+                part._parameters[name] = home
+    if let_go_of(module.parameters()):
+        trim()
+
+
+def _bring(part: nn.Module) -> None:
+    """Copy what is on the CPU to where the part runs."""
+    place: torch.device | None = part.__dict__.get(PLACE)
+    if place is None:
+        return
+    moved: dict[int, nn.Parameter] = {}
+    for module in part.modules():
+        _move_buffers(module, place)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "cpu":
+                there = moved.setdefault(id(parameter), _on(parameter, place))
+                if hasattr(parameter, PAGES):
+                    setattr(there, HOME, (parameter, there._version))
+                module._parameters[name] = there
+
+
+def _home_of(parameter: nn.Parameter, leaves: bool) -> nn.Parameter:
+    """The mapped one that a parameter is a copy of; a copy on the CPU if it was written to."""
+    home, version = getattr(parameter, HOME, (None, 0))
+    if isinstance(home, nn.Parameter) and parameter._version == version:
+        home.requires_grad_(parameter.requires_grad)
+        return home
+    return _on(parameter, torch.device("cpu")) if leaves else parameter
+
+
+def _on(parameter: nn.Parameter, place: torch.device) -> nn.Parameter:
+    if parameter.device.type == place.type:
+        return parameter
+    return nn.Parameter(parameter.detach().to(place), parameter.requires_grad)
+
+
+def _move_buffers(module: nn.Module, place: torch.device) -> None:
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = buffer.to(place)
