@@ -23,6 +23,7 @@ from slimrank.source import load_model, open_model, parse_source, require_device
 from tiny import models
 from tiny.far import Far, on_far
 
+EXPERTS = ("mixtral", "qwen3_moe")  # no model of theirs is streamed
 FAR = CompressionOptions(device="far")
 STREAM = CompressionOptions(device="far", stream=True)
 REFINE = {"preset": "fast", "epochs": 1}
@@ -55,9 +56,9 @@ def _windows(count: int = 10) -> TokenWindows:
     return TokenWindows(tuple(ids))
 
 
-def _dense(folder: Path, **overrides: Any) -> Path:
+def _dense(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     path = folder / "dense"
-    models.build("llama", **overrides).save_pretrained(path)
+    models.build(family, **overrides).save_pretrained(path)
     models.build_tokenizer().save_pretrained(path)
     return path
 
@@ -197,6 +198,45 @@ def _one_at_a_time(folder: Path) -> None:
 
 def test_blocks_come_in_turns_and_what_is_trained_is_kept(tmp_path):
     on_far(_one_at_a_time, tmp_path)
+
+
+def _families(folder: Path) -> None:
+    ids = torch.arange(4, 28)[None].to("far")
+    for family in models.CONFIGS:
+        if family in EXPERTS:
+            continue
+        path = folder / family
+        models.build(family).save_pretrained(path)
+        whole, streamed = (
+            open_model(parse_source(path), device="far", stream=stream) for stream in (False, True)
+        )
+        with torch.no_grad():
+            expected, seen = (model(ids).logits for model in (whole, streamed))
+        assert torch.equal(seen, expected), family
+        parts = [module for module in streamed.modules() if "_runs_on" in vars(module)]
+        assert len(parts) == 2, family
+        for part in parts:
+            let_go(part)
+        assert not any(isinstance(p, Far) for part in parts for p in part.parameters()), family
+
+
+def test_all_families_stream_there(tmp_path):
+    on_far(_families, tmp_path)
+
+
+def _fused_latents(folder: Path) -> None:
+    dense = _dense(folder, "phi3")
+    recipe = _recipe(RECIPES["latents"])
+    for options in (FAR, STREAM):
+        compress(
+            dense, recipe, out=folder / str(options.stream), windows=_windows(), options=options
+        )
+    whole, streamed = (load(folder / str(s), dtype="auto").state_dict() for s in (False, True))
+    assert all(torch.equal(whole[key], streamed[key]) for key in whole)
+
+
+def test_fused_projections_are_split_there_too(tmp_path):
+    on_far(_fused_latents, tmp_path)
 
 
 def _without_float64(_: Path) -> None:

@@ -132,7 +132,8 @@ def _home_of(parameter: nn.Parameter, leaves: bool) -> nn.Parameter:
 def _on(parameter: nn.Parameter, place: torch.device) -> nn.Parameter:
     if parameter.device.type == place.type:
         return parameter
-    return nn.Parameter(parameter.detach().to(place), parameter.requires_grad)
+    with torch.inference_mode(False):  # it may be trained later, and is to count what is written
+        return nn.Parameter(parameter.detach().to(place), parameter.requires_grad)
 
 
 def _move_buffers(module: nn.Module, place: torch.device) -> None:
