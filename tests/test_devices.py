@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from interrupted import CutOff, stopping
 from slimrank import CompressionRecipe, CompressionReport, compress, load, profile
@@ -16,8 +16,9 @@ from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import load_mapped
 from slimrank.errors import ModelError
 from slimrank.evaluation import perplexity
-from slimrank.linalg import float64_device, in_float64
+from slimrank.linalg import Factors, float64_device, in_float64
 from slimrank.model import device_of, is_mapped, let_go, staying
+from slimrank.nn import Int8Linear, LowRankLinear, remap_factors, round_factors
 from slimrank.options import CompressionOptions
 from slimrank.source import load_model, open_model, parse_source, require_device
 from tiny import models
@@ -191,6 +192,12 @@ def _one_at_a_time(folder: Path) -> None:
     assert torch.equal(trained, weight.inner)
     assert is_mapped(blocks[3].mlp.up_proj)
     assert not is_mapped(blocks[1].mlp.up_proj)
+    with staying(blocks[2]):
+        other = blocks[2].mlp.up_proj.weight
+        other.data = (other + 2).detach()  # which no version tells
+    let_go(blocks[2])
+    assert torch.equal(blocks[2].mlp.up_proj.weight, other.inner)
+
     last = weakref.ref(weight)
     del weight
     assert last() is None
@@ -213,7 +220,7 @@ def _families(folder: Path) -> None:
         with torch.no_grad():
             expected, seen = (model(ids).logits for model in (whole, streamed))
         assert torch.equal(seen, expected), family
-        parts = [module for module in streamed.modules() if "_runs_on" in vars(module)]
+        (parts,) = (list(m) for m in streamed.modules() if isinstance(m, nn.ModuleList))
         assert len(parts) == 2, family
         for part in parts:
             let_go(part)
@@ -251,6 +258,27 @@ def _without_float64(_: Path) -> None:
 
 def test_the_stand_in_is_as_strict_as_the_real_thing(tmp_path):
     on_far(_without_float64, tmp_path, has_float64=False)
+
+
+def _other_forms(_: Path) -> None:
+    inputs = torch.ones(1, 32, dtype=torch.bfloat16)
+    for pivoted in (False, True):
+        for change in (round_factors, remap_factors, None):
+            linear = nn.Linear(32, 24, dtype=torch.bfloat16)
+            factors = Factors(torch.randn(24, 6), torch.randn(6, 32))
+            layer = LowRankLinear.from_factors(linear, factors, pivoted).to("far")
+            made = layer.to_linear() if change is None else layer
+            if change is not None:
+                change(layer)
+            assert {t.device.type for t in made.state_dict().values()} == {"far"}
+            made(inputs.to("far"))
+    rounded = Int8Linear.from_linear(nn.Linear(32, 24, dtype=torch.bfloat16).to("far"))
+    rounded(inputs.to("far"))
+    rounded.to_linear()(inputs.to("far"))
+
+
+def test_other_forms_of_a_layer_stay_on_the_device(tmp_path):
+    on_far(_other_forms, tmp_path, has_float64=False)
 
 
 def _nothing(_: Path) -> None: ...

@@ -15,7 +15,7 @@ from slimrank.drawing import draw
 from slimrank.environment import Clock, gathered_warnings
 from slimrank.errors import CheckpointError
 from slimrank.keeping import fill_block, keep_block
-from slimrank.model import LinearSite, replace_linear
+from slimrank.model import LinearSite, let_go, replace_linear, staying
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.profiling import ProfiledModel
@@ -199,9 +199,11 @@ def build(
             continue
         with clock.phase("build"), gathered_warnings() as messages:
             sites = [site for group in anatomy.groups[index] for site in group.sites]
-            made = [_replace(model, site, ranks.ranks[site.name], profile) for site in sites]
+            with staying(model.get_submodule(path)):
+                made = [_replace(model, site, ranks.ranks[site.name], profile) for site in sites]
         linears += made
         keep_block(state, model, index, path, made, clock, messages=messages)
+        let_go(model.get_submodule(path))
     return linears
 
 

@@ -17,7 +17,8 @@ class CompressionOptions:
     Parameters
     ----------
     device : str, optional
-        Where forwards and solves run: 'cpu', 'cuda', 'cuda:1', 'mps'. Default: where the model is.
+        Where forwards and solves run: 'cpu', 'cuda', 'cuda:1'; or 'mps', which has no float64, so
+        that solves are on the CPU. Default: where the model is.
     batch_size : int, optional
         Windows at once; by default about 4,096 tokens.
     memory : int, optional

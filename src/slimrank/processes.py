@@ -94,7 +94,7 @@ def own_device(device: str | None) -> str | None:
     ModelError
         If all processes are to be on one GPU.
     """
-    if count() == 1 or device is None or not device.startswith("cuda"):
+    if count() == 1 or device in (None, "cpu"):
         return device
     if device != "cuda":
         raise ModelError(f"{count()} processes cannot share {device}; say --device cuda")

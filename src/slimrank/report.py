@@ -630,3 +630,41 @@ class QuantizationReport(_Frozen):
             f"{text}; perplexity {self.perplexity_before:.4f} -> {self.perplexity:.4f} over "
             f"{self.perplexity_tokens} tokens"
         )
+
+
+class ExportReport(_Frozen):
+    """What `slimrank export` did.
+
+    Parameters
+    ----------
+    source : str
+        The folder that was exported.
+    linears : int
+        How many were multiplied out.
+    weight_bytes_before, weight_bytes : int
+        Of the weight files.
+    logits_apart : float
+        Largest difference of a logit from that of the factors, as a share of the largest logit, on
+        a few tokens.
+    """
+
+    source: str
+    linears: Count
+    weight_bytes_before: Count
+    weight_bytes: Count
+    logits_apart: float
+
+    def line(self) -> str:
+        """All of it in one line.
+
+        Examples
+        --------
+        >>> ExportReport(source="m", linears=7, weight_bytes_before=1_100_000,
+        ...     weight_bytes=2_000_000, logits_apart=1e-6).line()
+        '7 linears multiplied out: 1.1 -> 2.0 MB on disk; logits are within 1.0e-06 of the largest'
+        """
+        return (
+            f"{self.linears} linears multiplied out: {self.weight_bytes_before / 1e6:.1f} -> "
+            f"{self.weight_bytes / 1e6:.1f} MB on disk; logits are within {self.logits_apart:.1e} "
+            "of the largest"
+        )

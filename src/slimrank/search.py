@@ -14,7 +14,7 @@ from slimrank.checkpoint import Profile
 from slimrank.errors import CheckpointError, NumericalWarning, TextError
 from slimrank.evaluation import windows_perplexity
 from slimrank.linalg import tail_energy
-from slimrank.model import replace_linear
+from slimrank.model import let_go, replace_linear, staying
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
@@ -276,8 +276,11 @@ def _score(
 
 def _layer(model: Any, profile: Profile, name: str, rank: int) -> LowRankLinear:
     linear = model.get_submodule(name)
-    factors = profile.decomposition(name, linear.weight, rank).truncate(rank)
-    return LowRankLinear.from_factors(linear, factors)
+    with staying(linear):
+        factors = profile.decomposition(name, linear.weight, rank).truncate(rank)
+        layer = LowRankLinear.from_factors(linear, factors)
+    let_go(linear)
+    return layer.to(linear.weight.device)
 
 
 def _first(layer: LowRankLinear, rank: int | None) -> LowRankLinear:

@@ -6,7 +6,7 @@ With numbers: tests/test_devices.py.
 import torch
 
 from slimrank.checkpoint import load_mapped
-from slimrank.model import device_of, is_mapped, let_go, staying
+from slimrank.model import copy_of, device_of, is_mapped, let_go, staying
 
 
 def on_meta(folder):
@@ -50,6 +50,28 @@ def test_what_is_shared_in_a_block_stays_shared(dense_folder):
         with staying(block):
             assert block.mlp.gate_proj.weight is block.mlp.up_proj.weight
             assert devices(block) == {"meta"}
+
+
+def test_who_stays_within_staying_stays_to_the_end(dense_folder):
+    model, (block, other) = on_meta(dense_folder)
+    with staying(block):
+        with staying(block):
+            pass
+        for part in (block, other):
+            for hook in part._forward_pre_hooks.values():
+                hook(part, ())
+        assert devices(block) == {"meta"}
+    assert devices(other) == {"meta"}
+    model.lm_head._forward_pre_hooks.popitem()[1](model.lm_head, ())
+    assert devices(other) == {"cpu"}
+
+
+def test_a_copy_shares_what_comes_from_files_also_on_the_device(dense_folder):
+    model, (block, _) = on_meta(dense_folder)
+    with staying(block):
+        copied = copy_of(model)
+    for name, parameter in model.named_parameters():
+        assert copied.get_parameter(name) is parameter, name
 
 
 def test_what_comes_in_inference_mode_can_be_trained_later(dense_folder):

@@ -24,6 +24,7 @@ from torch.utils.backend_registration import (
 )
 
 ANY_DEVICE = ("aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::set_")
+INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 FACTORIES = (
     "empty.memory_format",
     "empty_strided",
@@ -135,8 +136,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _require_together(name: str, tensors: list[Tensor]) -> None:
     near = any(t.ndim for t in tensors if not isinstance(t, Far))
     is_apart = near and any(isinstance(t, Far) for t in tensors)
-    if is_apart and name not in ANY_DEVICE and not name.startswith("aten::index"):
+    if is_apart and name not in ANY_DEVICE and not _takes_indices(name, tensors):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+
+
+def _takes_indices(name: str, tensors: list[Tensor]) -> bool:
+    return name in INDEXED and isinstance(tensors[0], Far)
 
 
 def _refuse_float64() -> None:

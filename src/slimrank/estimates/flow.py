@@ -44,9 +44,10 @@ def _load(run: Run) -> Phase:
     """Files are mapped; on an accelerator the model is copied from there."""
     phase = run.start().beside("load")
     phase.hold("check of weights", FINITE_PIECE * (run.facts.width + 5), on_host=True)
-    if phase.place.has_device:
+    if run.options.stream:
+        phase.hold("weights", run.facts.largest_bytes, is_mapped=True, on_host=True)
+    elif phase.place.has_device:
         phase.hold("files", run.facts.model_bytes, is_mapped=True, on_host=True)
-    run.weights(phase, run.facts.largest_bytes)
     return phase
 
 
@@ -106,7 +107,8 @@ def _build(run: Run, base: Phase, recipe: CompressionRecipe, name: str) -> Phase
     facts, phase = run.facts, base.beside(f"{name}build")
     block = max(facts.blocks, key=lambda block: block.dense_bytes)
     if name or not run.options.stream:
-        phase.hold("factors", facts.factor_bytes, _piece(run))
+        on_host = run.options.stream
+        phase.hold("factors", facts.factor_bytes, _piece(run), on_host=on_host)
     bases = 2 if "gradients" in recipe.make_method().needs else 1
     sizes = [s.out_features * s.break_even_rank for s in block.shapes]
     phase.hold("bases of the block", 4 * bases * sum(sizes), 4 * max(sizes, default=0))
@@ -131,7 +133,8 @@ def _look_twice(run: Run, base: Phase) -> list[Phase]:
     kept = base.beside("")
     rest = facts.model_bytes - facts.replaced_bytes
     kept.hold("copy of the model", 0 if run.options.stream else rest, _piece(run))
-    kept.hold("factors of the copy", facts.factor_bytes, _piece(run))
+    on_host = run.options.stream
+    kept.hold("factors of the copy", facts.factor_bytes, _piece(run), on_host=on_host)
     graded = kept.beside("")
     graded.store(known)
     found += gradient_phases(run, graded, recipe.needs, [], "second look, gradients")

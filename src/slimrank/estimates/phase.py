@@ -25,10 +25,13 @@ class Place:
         Whether blocks run on an accelerator.
     limit : int or None
         Bytes that a store holds in memory.
+    heap_piece : int
+        Bytes of the smallest piece that is not in glibc's heap.
     """
 
     has_device: bool = False
     limit: int | None = None
+    heap_piece: int = HEAP_PIECE
 
 
 @dataclass(slots=True)
@@ -99,7 +102,7 @@ class Phase:
         place = self.device if self.place.has_device and not on_host else self.memory
         place[what] = place.get(what, 0) + size
         piece = size if piece is None else piece
-        if place is self.memory and not is_mapped and piece < HEAP_PIECE:
+        if place is self.memory and not is_mapped and piece < self.place.heap_piece:
             self.in_heap += size
 
     def store(self, parts: Iterable[Part]) -> None:

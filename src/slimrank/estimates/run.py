@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from slimrank.estimates.facts import BlockFacts, Facts
-from slimrank.estimates.phase import Part, Phase, Place
+from slimrank.estimates.phase import HEAP_PIECE, Part, Phase, Place
+from slimrank.model.mapped import LARGE_PIECE
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
 from slimrank.statistics import OF_GRADIENTS
@@ -36,7 +37,8 @@ class Run:
 
         Of one that does, what lies outside the blocks is on the accelerator for good.
         """
-        place = Place(self.options.device not in (None, "cpu"), self.options.memory)
+        heap_piece = LARGE_PIECE if self.options.stream else HEAP_PIECE
+        place = Place(self.options.device not in (None, "cpu"), self.options.memory, heap_piece)
         base = Phase("", place)
         if not self.options.stream:
             base.hold("model", self.facts.model_bytes, is_mapped=True)

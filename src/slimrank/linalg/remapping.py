@@ -106,7 +106,7 @@ def remap(factors: Factors, dtype: torch.dtype = torch.bfloat16) -> Remapped:
     shorter = min(len(left), len(right))
     first, second = (round_rows(part[:shorter].mT, dtype) for part in (left, right))
     pairs = torch.stack([first.codes.mT, second.codes.mT], dim=-1).contiguous()
-    further = max(left, right, key=len)[shorter:].to(dtype)
+    further = max(left, right, key=len)[shorter:].to(pairs.device, dtype)
     if not torch.isfinite(further).all():
         raise NumericalError(f"cannot pack factors: an entry is not finite, or beyond {dtype}")
     packed = torch.cat([pairs.view(torch.int16)[..., 0], further.contiguous().view(torch.int16)])

@@ -9,6 +9,7 @@ import copy
 import ctypes
 import json
 import mmap
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from slimrank.errors import CheckpointError
 
-PAGES, HOME = "_pages", "_mapped_at"
+PAGES, HOME, SHARED = "_pages", "_copy_of", "_shared"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+LARGE_PIECE = 2**22
 NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: files may be larger than memory and swap
 
 
@@ -54,6 +57,7 @@ def map_parameters(path: Path) -> dict[str, nn.Parameter]:
     CheckpointError
         If the system maps no such file.
     """
+    _hand_out_large_pieces()
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -116,15 +120,33 @@ def trim() -> None:
 
 @cache
 def _malloc_trim() -> Any:
+    return _of_glibc("malloc_trim")
+
+
+@cache
+def _hand_out_large_pieces() -> None:
+    """Let glibc take pieces of 4 MiB and more from the system, and give them back when freed.
+
+    Left alone it raises that limit to 32 MiB, and what is below lies in a heap that gets more holes
+    with each block: its peak had grown by 0.35 GB after 112 blocks. A limit in the environment
+    stays.
+    """
+    settle = _of_glibc("mallopt")
+    if settle is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        settle(M_MMAP_THRESHOLD, LARGE_PIECE)
+        settle(M_TRIM_THRESHOLD, 2 * LARGE_PIECE)
+
+
+def _of_glibc(name: str) -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy; mapped weights are shared, so neither copy may train them."""
-    shared = {id(p): p for p in model.parameters() if _is_mapped(p)}
+    """A deep copy; weights from files are shared, so neither copy may train them."""
+    shared = {id(p): p for p in model.parameters() if _is_mapped(p) or hasattr(p, SHARED)}
     return copy.deepcopy(model, memo=dict(shared))
 
 
@@ -135,4 +157,5 @@ def is_mapped(model: nn.Module) -> bool:
 
 def _is_mapped(parameter: nn.Parameter) -> bool:
     """Whether it lies in a file, or was copied from there to a device."""
-    return hasattr(parameter, PAGES) or hasattr(parameter, HOME)
+    home = getattr(parameter, HOME, (parameter,))[0]
+    return hasattr(home, PAGES)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from slimrank.model.mapped import HOME, PAGES, let_go_of, trim
+from slimrank.model.mapped import HOME, SHARED, let_go_of, trim
 
 PLACE, STAYS = "_runs_on", "_stays"
 
@@ -46,14 +46,19 @@ def run_on(model: nn.Module, blocks: Iterable[nn.Module], device: str | torch.de
     inside: set[nn.Module] = set()
     for block in blocks:
         inside |= set(block.modules())
-        block.__dict__[PLACE] = place
+    for module in inside:
+        module.__dict__[PLACE] = place
     moved: dict[int, nn.Parameter] = {}  # a tied weight stays tied
     for module in model.modules():
         _move_buffers(module, place)
         for name, parameter in module._parameters.items():
-            if parameter is not None and module not in inside:
-                module._parameters[name] = moved.setdefault(id(parameter), _on(parameter, place))
+            if parameter is None or module in inside:
+                continue
+            if id(parameter) not in moved:
+                moved[id(parameter)] = _on(parameter, place)
+                setattr(moved[id(parameter)], SHARED, True)
                 let_go_of((parameter,))
+            module._parameters[name] = moved[id(parameter)]
 
 
 def take_turns(parts: Iterable[nn.Module]) -> None:
@@ -79,12 +84,13 @@ def take_turns(parts: Iterable[nn.Module]) -> None:
 @contextmanager
 def staying(part: nn.Module) -> Iterator[None]:
     """Keep a part on its device whatever runs in between, as it must be while it is trained."""
+    before = part.__dict__.get(STAYS, False)
     part.__dict__[STAYS] = True
     _bring(part)
     try:
         yield
     finally:
-        del part.__dict__[STAYS]
+        part.__dict__[STAYS] = before
 
 
 def let_go(module: nn.Module) -> None:
@@ -97,9 +103,11 @@ def let_go(module: nn.Module) -> None:
     moved: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part._parameters.items():
-            if parameter is not None and (leaves or hasattr(parameter, HOME)):
-                home = moved.setdefault(id(parameter), _home_of(parameter, leaves))
-                part._parameters[name] = home
+            if parameter is None or not (leaves or hasattr(parameter, HOME)):
+                continue
+            if id(parameter) not in moved:
+                moved[id(parameter)] = _home_of(parameter, leaves)
+            part._parameters[name] = moved[id(parameter)]
     if let_go_of(module.parameters()):
         trim()
 
@@ -113,17 +121,18 @@ def _bring(part: nn.Module) -> None:
     for module in part.modules():
         _move_buffers(module, place)
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type == "cpu":
-                there = moved.setdefault(id(parameter), _on(parameter, place))
-                if hasattr(parameter, PAGES):
-                    setattr(there, HOME, (parameter, there._version))
-                module._parameters[name] = there
+            if parameter is None or parameter.device.type != "cpu":
+                continue
+            if id(parameter) not in moved:
+                there = moved[id(parameter)] = _on(parameter, place)
+                setattr(there, HOME, (parameter, there._version, there.data_ptr()))
+            module._parameters[name] = moved[id(parameter)]
 
 
 def _home_of(parameter: nn.Parameter, leaves: bool) -> nn.Parameter:
-    """The mapped one that a parameter is a copy of; a copy on the CPU if it was written to."""
-    home, version = getattr(parameter, HOME, (None, 0))
-    if isinstance(home, nn.Parameter) and parameter._version == version:
+    """What a parameter is a copy of; if it was written to, a copy of itself on the CPU."""
+    home, *then = getattr(parameter, HOME, (None,))
+    if isinstance(home, nn.Parameter) and then == [parameter._version, parameter.data_ptr()]:
         home.requires_grad_(parameter.requires_grad)
         return home
     return _on(parameter, torch.device("cpu")) if leaves else parameter

@@ -131,7 +131,7 @@ class Int8Linear(nn.Module):
             As `slimrank.linalg.round_rows`.
         """
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        layer.codes, layer.scale = round_rows(linear.weight)
+        layer.codes, layer.scale = (x.to(linear.weight.device) for x in round_rows(linear.weight))
         layer.weight = torch.empty_like(linear.weight[:0, 0]).detach()
         layer.bias = linear.bias
         return layer.train(linear.training)
@@ -179,12 +179,12 @@ def round_factors(layer: LowRankLinear) -> None:
         As `slimrank.linalg.round_rows`.
     """
     latent, expand = layer.latent.weight.detach(), layer.expand.weight.detach()
-    dtype = latent.dtype
+    dtype, device = latent.dtype, latent.device
     if not layer.pivoted:
         even = even_columns(Factors(left=expand, right=latent))
         latent, expand = even.right, even.left
     for name, matrix in (("latent", latent), ("expand", expand)):
-        factor = Int8Factor.rounded(matrix, dtype)
+        factor = Int8Factor.rounded(matrix, dtype).to(device)
         layer.register_module(name, factor.train(layer.training))
 
 

@@ -171,7 +171,7 @@ class LowRankLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """Multiply the factors out into an ordinary linear of the same function."""
         latent = self.latent.weight
-        weight = (in_float64(self.expansion()) @ in_float64(latent)).to(latent.dtype)
+        weight = (in_float64(self.expansion()) @ in_float64(latent)).to(latent)
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, bias=False)
         linear.weight = nn.Parameter(weight, latent.requires_grad)

@@ -182,7 +182,7 @@ def remap_factors(layer: LowRankLinear) -> None:
     factors, dtype = layer.factors(), layer.latent.weight.dtype
     if layer.pivoted:
         factors = principal_components(factors)
-    _put(layer, RemappedFactors.of(factors, dtype))
+    _put(layer, RemappedFactors.of(factors, dtype).to(layer.latent.weight.device))
     if layer.pivoted:
         layer.pivoted = False
         del layer.pivots

@@ -1,0 +1,35 @@
+"""``slimrank export``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimrank.cli import options as opt
+from slimrank.cli.output import friendly, print_json
+from slimrank.errors import RecipeError
+from slimrank.exporting import export_dense
+
+
+@friendly
+def export_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that slimrank wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="'dense': an ordinary checkpoint with the factors multiplied out, for conversion "
+            "to GGUF and for any other tool."
+        ),
+    ] = "dense",
+    json: opt.Json = False,
+) -> None:
+    """Write a compressed DIR in a form that needs no slimrank, as OUT."""
+    if to != "dense":
+        raise RecipeError(f"--to is '{to}'; only 'dense' is supported")
+    report = export_dense(folder, out)
+    if json:
+        print_json(report.model_dump_json(indent=1))
+        return
+    typer.echo(report.line())
+    typer.echo(f"wrote {out}")

@@ -1,0 +1,1 @@
+"""Serving engines: what makes them read the folders that `slimrank.compress` writes."""

@@ -1,0 +1,40 @@
+"""``slimrank export`` prints what it did, and errors in one line."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from slimrank.checkpoint import weight_file_bytes
+from slimrank.cli import app
+
+runner = CliRunner()
+
+
+def test_it_writes_and_prints(compressed_folder, tmp_path):
+    done = runner.invoke(app, ["export", str(compressed_folder), str(tmp_path / "dense")])
+    assert done.exit_code == 0, done.output
+    assert "linears multiplied out" in done.stdout
+    assert f"wrote {tmp_path / 'dense'}" in done.stdout.replace("\n", "")
+
+
+def test_json_says_the_same(compressed_folder, tmp_path):
+    out = tmp_path / "dense"
+    done = runner.invoke(app, ["export", str(compressed_folder), str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["weight_bytes"] == weight_file_bytes(out)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("dense_folder", [], "not compressed by slimrank"),
+        ("compressed_folder", ["--to", "gguf"], "--to is 'gguf'; only 'dense' is supported"),
+    ],
+)
+def test_errors_are_one_line(source, options, message, request, tmp_path):
+    folder = request.getfixturevalue(source)
+    done = runner.invoke(app, ["export", str(folder), str(tmp_path / "out"), *options])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert not list(tmp_path.iterdir())
