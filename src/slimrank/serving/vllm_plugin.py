@@ -115,6 +115,7 @@ class LowRankMethod(LinearMethodBase):  # type: ignore[misc]
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
+        output_size: int,  # noqa: ARG002  # vLLM gives all by position
         params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
