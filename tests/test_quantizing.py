@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_nothing(compressed_folder, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slimrank.quantizing.shutil.copyfile", full)
+    monkeypatch.setattr("slimrank.checkpoint.other_files.shutil.copyfile", full)
     with pytest.raises(CheckpointError, match="No space left"):
         quantize(compressed_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())

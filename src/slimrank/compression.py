@@ -35,7 +35,7 @@ from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 from slimrank.source import open_dense, parse_source
-from slimrank.targets import PROBE_TOKENS, find_work, num_embeddings
+from slimrank.targets import PROBE_TOKENS, find_work, num_embeddings, require_streamable
 
 
 def compress(
@@ -190,11 +190,7 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
     if job.out is None and not isinstance(model, nn.Module):
         raise RecipeError("a model given by its path needs a folder to be written to: out=...")
     is_kept = _is_kept(job, from_profile=profile is not None)
-    if job.options.stream and job.recipe.tune is not None:
-        raise RecipeError(
-            "training all blocks together holds the whole model in memory; leave out --tune "
-            "(--effort best has it) or --stream"
-        )
+    require_streamable(job.recipe, job.options)
     if profile is not None and not job.recipe.is_of_text_alone:
         raise RecipeError(
             "a profile is of one pass, and two are asked for; leave --profile out, or say "

@@ -1,6 +1,5 @@
 """A compressed folder becomes an ordinary checkpoint of the same function."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from slimrank.checkpoint import (
     REPORT,
     SHARD_SIZE,
     compare_with_folder,
+    copy_other_files,
     load,
-    own_file,
     read_folder,
     renamed_when_done,
     require_writable,
@@ -29,7 +28,6 @@ from slimrank.targets import num_embeddings
 
 PROBE_TOKENS = 64
 LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION)  # they describe the factors
-WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 @torch.no_grad()
@@ -71,10 +69,7 @@ def export_dense(folder: str | Path, out: str | Path) -> ExportReport:
     apart = _logits(model, probe) - before
     with renamed_when_done(out) as passing:
         model.save_pretrained(passing, max_shard_size=SHARD_SIZE)
-        for file in source.iterdir():
-            is_taken = file.name in LEFT_OUT or file.name.endswith(WEIGHTS)
-            if file.is_file() and not is_taken and not (passing / file.name).exists():
-                shutil.copyfile(own_file(source, file.name), passing / file.name)
+        copy_other_files(source, passing, LEFT_OUT)
         compare_with_folder(model, passing, probe)
         after = weight_file_bytes(passing)
     return ExportReport(

@@ -7,7 +7,7 @@ from torch import nn
 
 from slimrank.allocation import RankPlan
 from slimrank.checkpoint import folder_bytes
-from slimrank.errors import RecipeError, SlimrankWarning
+from slimrank.errors import SlimrankWarning
 from slimrank.estimates import Run, find_facts, passes_of, phases_of
 from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
@@ -19,7 +19,7 @@ from slimrank.report import (
     PlanReport,
 )
 from slimrank.source import load_skeleton, parse_source, require_dense
-from slimrank.targets import Work, find_work
+from slimrank.targets import Work, find_work, require_streamable
 
 DYNAMIC = {
     "uniform": [],
@@ -79,7 +79,7 @@ def plan(
     (3.0, 1.0)
     """
     options = options or CompressionOptions()
-    _require_possible(recipe, options)
+    require_streamable(recipe, options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SlimrankWarning)
         if isinstance(model, nn.Module):
@@ -203,12 +203,3 @@ def _needs(
             PhaseReport(name=p.name, memory=p.memory, device=p.device, disk=p.disk) for p in phases
         ),
     )
-
-
-def _require_possible(recipe: CompressionRecipe, options: CompressionOptions) -> None:
-    """Refuse what `slimrank.compress` refuses before it has seen a model."""
-    if options.stream and recipe.tune is not None:
-        raise RecipeError(
-            "training all blocks together holds the whole model in memory; leave out --tune "
-            "(--effort best has it) or --stream"
-        )

@@ -1,6 +1,5 @@
 """A compressed folder becomes one whose factors are in eight bits."""
 
-import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,10 +15,10 @@ from slimrank.checkpoint import (
     SHARD_SIZE,
     FolderContents,
     compare_with_folder,
+    copy_other_files,
     load,
     mark_compressed,
     model_card,
-    own_file,
     read_folder,
     renamed_when_done,
     require_writable,
@@ -218,7 +217,6 @@ def _write(
     model: Any, contents: FolderContents, report: QuantizationReport, out: Path
 ) -> QuantizationReport:
     """Write, read back, rename."""
-    source = Path(contents.folder)
     with renamed_when_done(out) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         written = report.model_copy(update={"weight_bytes": weight_file_bytes(folder)})
@@ -227,10 +225,7 @@ def _write(
             compression = _after_rounding(contents.report, written)
             (folder / REPORT).write_text(compression.model_dump_json(indent=1), encoding="utf-8")
             (folder / CARD).write_text(model_card(compression, out.name), encoding="utf-8")
-        for file in source.iterdir():
-            weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
-            if file.is_file() and not weights and not (folder / file.name).exists():
-                shutil.copyfile(own_file(source, file.name), folder / file.name)
+        copy_other_files(Path(contents.folder), folder)
         probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
         compare_with_folder(model, folder, probe)
         if read_folder(folder).quantization != written:

@@ -162,10 +162,10 @@ def open_dense(
     ModelError, NumericalError, TextError
         See `load_model` and `load_tokenizer`.
     """
-    require_device(device)
     if isinstance(model, nn.Module):
         if stream:
             raise ModelError("a model in memory cannot be streamed; give its folder")
+        require_device(device)
         require_dense(model, type(model).__name__)
         require_finite_weights(model, type(model).__name__)
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__

@@ -12,7 +12,7 @@ from torch import nn
 
 from slimrank.allocation import LinearShape, RankPlan, uniform
 from slimrank.checkpoint import folder_bytes
-from slimrank.errors import BudgetError, SizeWarning, SlimrankWarning
+from slimrank.errors import BudgetError, RecipeError, SizeWarning, SlimrankWarning
 from slimrank.model import (
     Anatomy,
     AttentionSite,
@@ -24,6 +24,7 @@ from slimrank.model import (
     select_targets,
     split_fused,
 )
+from slimrank.options import CompressionOptions
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import KVCacheReport, SizeReport
 
@@ -251,6 +252,21 @@ def _latents(
         latent_values=sum(fixed.values()),
         value_bytes=next(p for p in model.parameters() if p.is_floating_point()).element_size(),
     )
+
+
+def require_streamable(recipe: CompressionRecipe, options: CompressionOptions) -> None:
+    """See that a recipe can be streamed, if it is to be.
+
+    Raises
+    ------
+    RecipeError
+        If it trains all blocks together.
+    """
+    if options.stream and recipe.tune is not None:
+        raise RecipeError(
+            "training all blocks together holds the whole model in memory; leave out --tune "
+            "(--effort best has it) or --stream"
+        )
 
 
 def num_embeddings(model: Any) -> int:

@@ -18,6 +18,7 @@ from slimrank.checkpoint.foreign import reason, told_as
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
 from slimrank.checkpoint.manifest import RunManifest
 from slimrank.checkpoint.mapped_folder import load_mapped, map_over
+from slimrank.checkpoint.other_files import copy_other_files
 from slimrank.checkpoint.passing import renamed_when_done, require_writable
 from slimrank.checkpoint.profile import (
     Profile,
@@ -69,6 +70,7 @@ __all__ = [
     "RunManifest",
     "RunState",
     "compare_with_folder",
+    "copy_other_files",
     "folder_bytes",
     "has_run",
     "load",

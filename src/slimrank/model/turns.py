@@ -5,7 +5,7 @@ block is copied there when it is about to run. What lies outside the blocks is t
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -48,17 +48,15 @@ def run_on(model: nn.Module, blocks: Iterable[nn.Module], device: str | torch.de
         inside |= set(block.modules())
     for module in inside:
         module.__dict__[PLACE] = place
-    moved: dict[int, nn.Parameter] = {}  # a tied weight stays tied
-    for module in model.modules():
-        _move_buffers(module, place)
-        for name, parameter in module._parameters.items():
-            if parameter is None or module in inside:
-                continue
-            if id(parameter) not in moved:
-                moved[id(parameter)] = _on(parameter, place)
-                setattr(moved[id(parameter)], SHARED, True)
-                let_go_of((parameter,))
-            module._parameters[name] = moved[id(parameter)]
+
+    def moved(parameter: nn.Parameter) -> nn.Parameter:
+        there = _on(parameter, place)
+        setattr(there, SHARED, True)
+        let_go_of((parameter,))
+        return there
+
+    _move_buffers(model.modules(), place)
+    _exchange((module for module in model.modules() if module not in inside), moved)
 
 
 def take_turns(parts: Iterable[nn.Module]) -> None:
@@ -100,14 +98,11 @@ def let_go(module: nn.Module) -> None:
     runs on a device leave it.
     """
     leaves = PLACE in module.__dict__
-    moved: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is None or not (leaves or hasattr(parameter, HOME)):
-                continue
-            if id(parameter) not in moved:
-                moved[id(parameter)] = _home_of(parameter, leaves)
-            part._parameters[name] = moved[id(parameter)]
+
+    def left(parameter: nn.Parameter) -> nn.Parameter:
+        return _home_of(parameter, leaves) if leaves or hasattr(parameter, HOME) else parameter
+
+    _exchange(module.modules(), left)
     if let_go_of(module.parameters()):
         trim()
 
@@ -117,16 +112,31 @@ def _bring(part: nn.Module) -> None:
     place: torch.device | None = part.__dict__.get(PLACE)
     if place is None:
         return
-    moved: dict[int, nn.Parameter] = {}
-    for module in part.modules():
-        _move_buffers(module, place)
+    destination = place
+
+    def brought(parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.device.type != "cpu":
+            return parameter
+        there = _on(parameter, destination)
+        setattr(there, HOME, (parameter, there._version, there.data_ptr()))
+        return there
+
+    _move_buffers(part.modules(), place)
+    _exchange(part.modules(), brought)
+
+
+def _exchange(
+    modules: Iterable[nn.Module], instead: Callable[[nn.Parameter], nn.Parameter]
+) -> None:
+    """Put what a function gives in the place of each parameter; a tied one stays tied."""
+    known: dict[int, nn.Parameter] = {}
+    for module in modules:
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.device.type != "cpu":
+            if parameter is None:
                 continue
-            if id(parameter) not in moved:
-                there = moved[id(parameter)] = _on(parameter, place)
-                setattr(there, HOME, (parameter, there._version, there.data_ptr()))
-            module._parameters[name] = moved[id(parameter)]
+            if id(parameter) not in known:
+                known[id(parameter)] = instead(parameter)
+            module._parameters[name] = known[id(parameter)]
 
 
 def _home_of(parameter: nn.Parameter, leaves: bool) -> nn.Parameter:
@@ -145,7 +155,8 @@ def _on(parameter: nn.Parameter, place: torch.device) -> nn.Parameter:
         return nn.Parameter(parameter.detach().to(place), parameter.requires_grad)
 
 
-def _move_buffers(module: nn.Module, place: torch.device) -> None:
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = buffer.to(place)
+def _move_buffers(modules: Iterable[nn.Module], place: torch.device) -> None:
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(place)
