@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules import module as _modules
+
+from slimrank.nn.product import apply_weight
 
 
 def bare_weight(linear: nn.Module) -> Tensor | None:
@@ -44,5 +45,5 @@ def bare_weight(linear: nn.Module) -> Tensor | None:
 def call_linear(linear: nn.Module, inputs: Tensor) -> Tensor:
     """What ``linear(inputs)`` gives, without the way through the module where it can be spared."""
     weight = bare_weight(linear)
-    outputs: Tensor = linear(inputs) if weight is None else functional.linear(inputs, weight)
+    outputs: Tensor = linear(inputs) if weight is None else apply_weight(inputs, weight)
     return outputs

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from slimrank.errors import CheckpointError
 from slimrank.linalg import other_rows
+from slimrank.nn.product import HALVES, apply_weight, are_columns, is_free
 from slimrank.nn.quick_linear import bare_weight, call_linear
 
+_MANY_TOKENS = 256
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILED: set[tuple[Any, ...]] = set()  # what the kernel has run for
 _WITHOUT_KERNEL: list[str] = []  # why it failed once: then it is not tried again
@@ -171,7 +173,11 @@ def place_rows(latents: Tensor, others: Tensor, rows: Rows) -> Tensor:
 
 
 def expand_into_rows(latents: Tensor, expand: nn.Module, rows: Rows) -> Tensor:
-    """Outputs of a pivoted linear from its latents; of one token on a GPU, in a single kernel.
+    """Outputs of a pivoted linear from its latents.
+
+    One token on a GPU takes a single kernel. On a CPU a few tokens are columns, whose rows are
+    moved whole; many of them in 16 bits, from few latents, are one product with all rows, since
+    moving single numbers would take longer than to multiply by the identity.
 
     Parameters
     ----------
@@ -190,7 +196,32 @@ def expand_into_rows(latents: Tensor, expand: nn.Module, rows: Rows) -> Tensor:
             outputs = _by_kernel(latents, weight, rows)
             if outputs is not None:
                 return outputs
+    elif latents.is_cpu and latents.numel() != rows.rank:
+        weight = bare_weight(expand)
+        if weight is not None and are_columns(latents, weight):
+            return _by_columns(latents, weight, rows)
+        if weight is not None and _take_all_rows(latents, weight):
+            return apply_weight(latents, _all_rows(weight, rows))
     return place_rows(latents, call_linear(expand, latents), rows)
+
+
+def _by_columns(latents: Tensor, weight: Tensor, rows: Rows) -> Tensor:
+    columns = latents.reshape(-1, rows.rank).t()
+    both = torch.cat((columns, weight @ columns))
+    outputs = both.index_select(0, rows.order.view(-1)).t().contiguous()
+    return outputs.view(*latents.shape[:-1], len(both))
+
+
+def _take_all_rows(latents: Tensor, weight: Tensor) -> bool:
+    others, rank = weight.shape
+    is_many = latents.numel() >= _MANY_TOKENS * rank
+    return is_many and weight.dtype in HALVES and 3 * rank <= others and is_free(latents, weight)
+
+
+def _all_rows(weight: Tensor, rows: Rows) -> Tensor:
+    """The matrix from latents to all outputs, ``(out, rank)``."""
+    identity = torch.eye(rows.rank, dtype=weight.dtype)
+    return torch.cat((identity, weight)).index_select(0, rows.order.view(-1))
 
 
 def _is_one_token(latents: Tensor, rows: Rows) -> bool:
