@@ -48,7 +48,7 @@ def is_free(inputs: Tensor, weight: Tensor) -> bool:
     is_plain = type(inputs) is Tensor and type(weight) in (Tensor, nn.Parameter)
     is_watched = (
         torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch.compiler.is_compiling()
     )
     return is_plain and not is_watched
