@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from slimrank import evaluation
+from slimrank.benchmarking import benchmark
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import load, read_profile, register
 from slimrank.compression import compress
@@ -27,6 +28,7 @@ __all__ = [
     "SlimrankError",
     "TokenWindows",
     "__version__",
+    "benchmark",
     "compress",
     "evaluation",
     "load",

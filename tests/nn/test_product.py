@@ -100,6 +100,7 @@ def test_other_kinds_of_tensors_are_left_to_the_linear():
         assert not is_free(torch.ones(2, 6, device="meta"), torch.ones(4, 6, device="meta"))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of row numbers, which are fixed
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_trace_holds_for_any_number_of_tokens():
     layer = LowRankLinear(6, 5, rank=2, pivoted=True)

@@ -46,9 +46,10 @@ def is_free(inputs: Tensor, weight: Tensor) -> bool:
     if torch.is_grad_enabled() or not inputs.is_cpu or inputs.dtype != weight.dtype:
         return False
     is_plain = type(inputs) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    is_watched = (
-        torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch.compiler.is_compiling()
-    )
-    return is_plain and not is_watched
+    return is_plain and not (torch.is_autocast_enabled("cpu") or is_recorded())
+
+
+def is_recorded() -> bool:
+    """Whether a graph is made of what happens, to be run for any number of tokens."""
+    is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return is_traced or torch.compiler.is_compiling()

@@ -1,10 +1,9 @@
 """A linear without the way through its module, where that way adds nothing."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _modules
 
-from slimrank.nn.product import apply_weight
+from slimrank.nn.product import apply_weight, is_recorded
 
 
 def bare_weight(linear: nn.Module) -> Tensor | None:
@@ -12,8 +11,8 @@ def bare_weight(linear: nn.Module) -> Tensor | None:
 
     For one token the way through a module costs as much as a small product. It is left out where
     nobody could tell: an ``nn.Linear`` itself, without bias, hooks or a forward of its own, while
-    no hooks for all modules are set and nothing is compiled. What PEFT, quantisers and offloading
-    put there is called as ever.
+    no hooks for all modules are set and nothing is compiled or traced. What PEFT, quantisers and
+    offloading put there is called as ever.
 
     Examples
     --------
@@ -24,7 +23,7 @@ def bare_weight(linear: nn.Module) -> Tensor | None:
     >>> bare_weight(linear) is None, bare_weight(nn.Linear(3, 2)) is None
     (True, True)
     """
-    if type(linear) is not nn.Linear or torch.compiler.is_compiling():
+    if type(linear) is not nn.Linear or is_recorded():
         return None
     state = linear.__dict__
     parameters = state["_parameters"]

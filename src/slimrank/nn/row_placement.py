@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slimrank.errors import CheckpointError
 from slimrank.linalg import other_rows
-from slimrank.nn.product import HALVES, apply_weight, are_columns, is_free
+from slimrank.nn.product import HALVES, apply_weight, are_columns, is_free, is_recorded
 from slimrank.nn.quick_linear import bare_weight, call_linear
 
 _MANY_TOKENS = 256
@@ -164,7 +164,7 @@ def place_rows(latents: Tensor, others: Tensor, rows: Rows) -> Tensor:
             latents, others, rows.pivots, rows.others
         )
         return outputs
-    if latents.numel() == rows.rank and not torch.compiler.is_compiling():
+    if not is_recorded() and latents.numel() == rows.rank:
         # one token: a third faster than what is best for many
         outputs = torch.cat((latents, others), -1)
         placed = outputs.take(rows.order)
@@ -196,12 +196,13 @@ def expand_into_rows(latents: Tensor, expand: nn.Module, rows: Rows) -> Tensor:
             outputs = _by_kernel(latents, weight, rows)
             if outputs is not None:
                 return outputs
-    elif latents.is_cpu and latents.numel() != rows.rank:
+    elif latents.is_cpu:
         weight = bare_weight(expand)
-        if weight is not None and are_columns(latents, weight):
-            return _by_columns(latents, weight, rows)
-        if weight is not None and _take_all_rows(latents, weight):
-            return apply_weight(latents, _all_rows(weight, rows))
+        if weight is not None and latents.numel() != rows.rank:
+            if are_columns(latents, weight):
+                return _by_columns(latents, weight, rows)
+            if _take_all_rows(latents, weight):
+                return apply_weight(latents, _all_rows(weight, rows))
     return place_rows(latents, call_linear(expand, latents), rows)
 
 
@@ -225,7 +226,7 @@ def _all_rows(weight: Tensor, rows: Rows) -> Tensor:
 
 
 def _is_one_token(latents: Tensor, rows: Rows) -> bool:
-    is_eager = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    is_eager = not (is_recorded() or torch.is_grad_enabled())
     return is_eager and latents.numel() == rows.rank
 
 

@@ -1,0 +1,83 @@
+"""A process that holds one model and runs what it is told, in turns with others.
+
+``python -m slimrank.benchmarking.worker``: orders come in, and answers go out, one JSON object a
+line. A model in a process of its own has a peak of memory of its own.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from slimrank.benchmarking.latency import run_once
+from slimrank.environment import environment, peak_bytes
+from slimrank.errors import SlimrankError, in_one_line
+from slimrank.source import open_model, parse_source
+
+WARM_UP = 16  # tokens; on a CPU nothing depends on the shapes that have been
+
+
+class Holder:
+    """The model of this process."""
+
+    model: Any = None
+
+    def load(self, model: str, dtype: str, device: str | None, threads: int) -> dict[str, Any]:
+        """Take a model, and say what it is."""
+        torch.set_num_threads(threads)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        before = peak_bytes()
+        self.model = open_model(parse_source(model), dtype, device=device).eval()
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        config = self.model.config.get_text_config()
+        return {
+            "before_bytes": before,
+            "weight_bytes": sum(tensor.nbytes for tensor in tensors),
+            "longest": getattr(config, "max_position_embeddings", None),
+            "environment": environment(self.model),
+        }
+
+    def warm_up(self, batch: int, context: int) -> dict[str, Any]:
+        """Run once, uncounted."""
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        run_once(self.model, batch, min(context, WARM_UP) if on_cpu else context, 1)
+        return {}
+
+    def run(self, batch: int, context: int, new_tokens: int) -> dict[str, Any]:
+        """Run once."""
+        figures = run_once(self.model, batch, context, new_tokens)
+        return {**figures._asdict(), "peak_bytes": self._peak()}
+
+    def _peak(self) -> int:
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return peak_bytes()
+
+
+def main() -> None:
+    """Answer until nobody asks."""
+    holder = Holder()
+    orders: dict[str, Callable[..., dict[str, Any]]] = {
+        "load": holder.load,
+        "warm_up": holder.warm_up,
+        "run": holder.run,
+    }
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a library prints is no answer
+        for line in sys.stdin:
+            order = json.loads(line)
+            try:
+                answer = orders[order.pop("do")](**order)
+            except (SlimrankError, MemoryError, RuntimeError) as error:
+                answer = {"error": in_one_line(str(error))}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()
