@@ -5,6 +5,7 @@ import typer
 from slimrank.cli.analyze import analyze_command
 from slimrank.cli.bench import bench_app
 from slimrank.cli.benchmark import benchmark_command
+from slimrank.cli.chat import chat_command
 from slimrank.cli.compress import compress_command
 from slimrank.cli.demo import demo_command
 from slimrank.cli.depth import depth_command
@@ -36,6 +37,7 @@ app.command("export")(export_command)
 app.command("report")(report_command)
 app.command("inspect")(inspect_command)
 app.command("evaluate")(evaluate_command)
+app.command("chat")(chat_command)
 app.command("benchmark")(benchmark_command)
 app.add_typer(bench_app, name="bench")
 app.command("demo")(demo_command)
