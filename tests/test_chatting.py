@@ -92,9 +92,16 @@ def test_a_temperature_samples(make_model, with_template):
 def test_a_turn_that_fails_is_not_kept(make_model, with_template, fed):
     model = watched(make_model("llama"), with_template, fed)
     talk = Conversation(model, with_template, max_new_tokens=20)
-    with pytest.raises(TextError, match=r"would take \d+ tokens, and the model is made for 128"):
-        talk.answer("x" * 120, lambda _piece: None)
+    with pytest.raises(TextError, match=r"takes \d+ tokens, and the model is made for 128"):
+        talk.answer("x" * 130, lambda _piece: None)
     with pytest.raises(TextError, match="nothing to answer"):
         talk.answer("  ", lambda _piece: None)
     talk.answer("y", lambda _piece: None)
     assert joined(fed[0]) == joined("u: y\na: ")
+
+
+def test_an_answer_ends_where_positions_do(make_model, with_template):
+    model = make_model("llama")
+    talk = Conversation(model, with_template, max_new_tokens=50)
+    model.generation_config.eos_token_id = None
+    assert talk.answer("x" * 115, lambda _piece: None).tokens < 20

@@ -32,7 +32,7 @@ class Conversation:
     system : str, optional
         What the model is told first.
     max_new_tokens : int
-        Of an answer, at most.
+        Of an answer, at most; fewer where the model has no positions for them.
     temperature : float
         Of sampling; 0 takes the likeliest token each time.
     """
@@ -69,19 +69,18 @@ class Conversation:
         Raises
         ------
         TextError
-            If nothing is asked, or the conversation has become longer than the model reads; it is
-            as it was before then.
+            If nothing is asked, or the conversation has become as long as the model reads; it is as
+            it was before then.
         """
         if not text.strip():
             raise TextError("there is nothing to answer")
         turns = [*self._turns, {"role": "user", "content": text}]
         ids = self._ids(turns)
-        self._require_room(ids)
         written = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             streamer=_Teller(self.tokenizer, say),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self._room(ids),
             pad_token_id=self._pad(),
             **self._sampling(),
         )
@@ -103,15 +102,18 @@ class Conversation:
         ids: Tensor = found["input_ids"]
         return ids.to(device)
 
-    def _require_room(self, ids: Tensor) -> None:
+    def _room(self, ids: Tensor) -> int:
+        """New tokens that the model has positions for, of those that are allowed."""
         config = self.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
-        tokens = ids.shape[1] + self.max_new_tokens
-        if longest is not None and tokens > longest:
+        if longest is None:
+            return self.max_new_tokens
+        if ids.shape[1] >= longest:
             raise TextError(
-                f"the conversation and an answer would take {tokens} tokens, and the model is made "
-                f"for {longest}; begin anew, or allow fewer new tokens"
+                f"the conversation takes {ids.shape[1]} tokens, and the model is made for {longest}"
+                "; begin anew"
             )
+        return min(self.max_new_tokens, longest - ids.shape[1])
 
     def _pad(self) -> int | None:
         """What fills up, where nothing is: any token will do."""
