@@ -118,7 +118,9 @@ def whole(model: str, keep: float, rounds: int, draw: torch.Generator) -> dict[s
     return found
 
 
-def in_layout(dense: Any, layout: Any, keep: float, draw: torch.Generator) -> Any:
+def in_layout(
+    dense: Any, layout: Any, keep: float, draw: torch.Generator, multiple_of: int = 1
+) -> Any:
     """A copy whose linears are of low rank, of random factors."""
     model = copy.deepcopy(dense)
     for groups in discover(model, torch.arange(12)[None]).groups:
@@ -127,6 +129,7 @@ def in_layout(dense: Any, layout: Any, keep: float, draw: torch.Generator) -> An
             out, inner = linear.weight.shape
             shape = LinearShape("linear", out, inner, layout=layout)
             rank = shape.largest_rank(int(keep * out * inner))
+            rank -= rank % multiple_of
             made = LowRankLinear.unfilled(linear, rank, pivoted=layout == "pivoted")
             for part in (made.latent, made.expand):
                 part.weight.data.normal_(0, 0.02, generator=draw)

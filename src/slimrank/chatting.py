@@ -105,7 +105,7 @@ class Conversation:
     def _room(self, ids: Tensor) -> int:
         """New tokens that the model has positions for, of those that are allowed."""
         config = self.model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
+        longest: int | None = getattr(config, "max_position_embeddings", None)
         if longest is None:
             return self.max_new_tokens
         if ids.shape[1] >= longest:
