@@ -136,10 +136,16 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 replacement = kind(linear, **entry)
                 replacement.register_buffer("weight", linear.weight.new_empty(0))  # as stored
                 model.set_submodule(name, replacement)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.is_quantized = False  # so that `.half()` and `.float()` work
+        for name, tensor in model.state_dict().items():  # transformers 5.0 does not look
+            if tensor.shape != self.shapes[name]:
+                raise ValueError(
+                    f"{name} is of shape {[*tensor.shape]}, not {[*self.shapes[name]]}"
+                )
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear) and module.pivots is not None:
                 rows = module.pivots.sort().values
