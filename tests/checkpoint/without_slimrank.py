@@ -10,20 +10,17 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 
 class Nowhere(MetaPathFinder):
+    """Where slimrank is to be found."""
+
     def find_spec(self, fullname: str, *_: Any) -> None:
         if fullname.partition(".")[0] == "slimrank":
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
-
-
-sys.meta_path.insert(0, Nowhere())
-
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-torch.set_num_threads(1)
 
 
 def loaded(folder: str, settings: dict[str, Any]) -> Any:
@@ -57,6 +54,8 @@ def told(job: dict[str, Any], ids: torch.Tensor, out: Path) -> dict[str, torch.T
 
 
 def main() -> None:
+    sys.meta_path.insert(0, Nowhere())
+    torch.set_num_threads(1)
     jobs, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     ids = load_file(out / "ids.safetensors")["ids"]
     errors: dict[str, str] = {}
