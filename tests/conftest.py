@@ -1,9 +1,13 @@
 """Fixtures of all tests: tiny models, tokens for them, folders that hold them. No network."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="slimrank-tests-")  # code of folders
 
+import atexit
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +23,7 @@ from slimrank.calibration import packaged_text
 from slimrank.checkpoint import Profile
 from tiny import models as TINY
 
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # matrices this small run no faster on more
 
 

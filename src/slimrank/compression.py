@@ -20,6 +20,7 @@ from slimrank.checkpoint import (
     read_report,
     removed_what_is_left,
     require_no_run,
+    require_served_by_code,
     require_writable,
     state_folder,
     write_folder,
@@ -112,18 +113,22 @@ def compress(
             job = Job(recipe, out, tokenizer, windows, options, resume, stack)
             done = _factorise(model, job, profile)
         report = done.report.model_copy(update={"warnings": tuple(messages)})
-        report = report if out is None else _write(done, report, Path(out))
+        report = report if out is None else _write(done, report, Path(out), options.remote_code)
     if processes.count() == 1:
         return report
     return CompressionReport.model_validate_json(processes.hand_round(report.model_dump_json())[0])
 
 
-def _write(done: "_Done", report: CompressionReport, out: Path) -> CompressionReport:
+def _write(
+    done: "_Done", report: CompressionReport, out: Path, remote_code: bool
+) -> CompressionReport:
     """Write the folder; let go of what was kept of the run."""
     processes.wait()  # until nobody reads what was kept
     if processes.is_first():
         passing = done.state.folder if done.state else None
-        report = write_folder(done.model, done.tokenizer, out, report, done.probe, passing)
+        report = write_folder(
+            done.model, done.tokenizer, out, report, done.probe, passing, remote_code
+        )
         if done.state is not None:
             done.state.remove()
     return report
@@ -213,6 +218,8 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
     split_alike = opened is not None and opened.manifest.for_kv_cache
     work = find_work(loaded, recipe, split_alike=split_alike)
     with work.put_back_on_error(loaded) if isinstance(model, nn.Module) else nullcontext():
+        if job.options.remote_code:
+            require_served_by_code(loaded)
         if opened is not None:
             recipe = hold_against(opened, source, work, recipe, job.windows, tokenizer)
             job = replace(job, recipe=recipe)

@@ -10,6 +10,7 @@ from slimrank.checkpoint import (
     CARD,
     QUANTIZATION,
     RECIPE,
+    REMOTE_CODE,
     REPORT,
     SHARD_SIZE,
     compare_with_folder,
@@ -27,7 +28,7 @@ from slimrank.source import require_finite_weights
 from slimrank.targets import num_embeddings
 
 PROBE_TOKENS = 64
-LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION)  # they describe the factors
+LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION, REMOTE_CODE)  # they are of the factors
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ class CompressionOptions:
     stream : bool
         Leave the weights of a folder in their files, and work on one block at a time; in `compress`
         finished blocks go to disk and stay there too. They come to `device` in turns.
+    remote_code : bool
+        Write the modelling file too, by which the folder loads without slimrank installed.
     track : callable
         Wraps the loop over blocks, given a description, to show progress.
     """
@@ -35,4 +37,5 @@ class CompressionOptions:
     batch_size: int | None = None
     memory: int | None = None
     stream: bool = False
+    remote_code: bool = False
     track: Track = _untracked

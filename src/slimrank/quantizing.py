@@ -11,11 +11,14 @@ from slimrank.allocation import PIVOT_PARAMS
 from slimrank.checkpoint import (
     CARD,
     QUANTIZATION,
+    REMOTE_CODE,
     REPORT,
     SHARD_SIZE,
     FolderContents,
+    add_remote_code,
     compare_with_folder,
     copy_other_files,
+    has_remote_code,
     load,
     mark_compressed,
     model_card,
@@ -216,7 +219,9 @@ def _truncation_losses(contents: FolderContents) -> dict[str, float]:
 def _write(
     model: Any, contents: FolderContents, report: QuantizationReport, out: Path
 ) -> QuantizationReport:
-    """Write, read back, rename."""
+    """Write, read back, rename. The modelling file stays where it can load what is there."""
+    source = Path(contents.folder)
+    has_code = has_remote_code(source) and report.packing == "rows"
     with renamed_when_done(out) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         written = report.model_copy(update={"weight_bytes": weight_file_bytes(folder)})
@@ -224,8 +229,11 @@ def _write(
         if contents.report is not None and contents.report_fits:
             compression = _after_rounding(contents.report, written)
             (folder / REPORT).write_text(compression.model_dump_json(indent=1), encoding="utf-8")
-            (folder / CARD).write_text(model_card(compression, out.name), encoding="utf-8")
-        copy_other_files(Path(contents.folder), folder)
+            card = model_card(compression, out.name, has_code)
+            (folder / CARD).write_text(card, encoding="utf-8")
+        if has_code:
+            add_remote_code(model, folder)
+        copy_other_files(source, folder, (REMOTE_CODE,))
         probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
         compare_with_folder(model, folder, probe)
         if read_folder(folder).quantization != written:

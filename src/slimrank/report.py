@@ -668,3 +668,38 @@ class ExportReport(_Frozen):
             f"{self.weight_bytes / 1e6:.1f} MB on disk; logits are within {self.logits_apart:.1e} "
             "of the largest"
         )
+
+
+class RemoteCodeReport(_Frozen):
+    """What `slimrank export --to remote-code` did.
+
+    Parameters
+    ----------
+    source : str
+        The folder that was copied.
+    file : str
+        Name of the modelling file.
+    linears : int
+        How many it loads.
+    weight_bytes : int
+        Of the weight files.
+    """
+
+    source: str
+    file: str
+    linears: Count
+    weight_bytes: Count
+
+    def line(self) -> str:
+        """All of it in one line.
+
+        Examples
+        --------
+        >>> RemoteCodeReport(source="m", file="modeling_low_rank.py", linears=7,
+        ...     weight_bytes=2_000_000).line()
+        'modeling_low_rank.py loads 7 linears with trust_remote_code=True; 2.0 MB as before'
+        """
+        return (
+            f"{self.file} loads {self.linears} linears with trust_remote_code=True; "
+            f"{self.weight_bytes / 1e6:.1f} MB as before"
+        )

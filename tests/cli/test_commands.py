@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import slimrank
+from slimrank.checkpoint import has_remote_code
 from slimrank.cli import app
 from slimrank.cli.options import build_recipe
 from slimrank.errors import RecipeError
@@ -43,6 +44,13 @@ def made(dense_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactor
 def compressed(made: Path, tmp_path: Path) -> Path:
     """A copy of it to spoil."""
     return Path(shutil.copytree(made, tmp_path / "out"))
+
+
+def test_compress_puts_the_modelling_file_into_the_folder(dense_folder, text, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--keep", 0.6, "--calibration", text, "--remote-code", *SMALL]
+    run("compress", dense_folder, out, *flags)
+    assert has_remote_code(out)
 
 
 def test_compress_prints_the_budget_line_and_writes_a_folder(

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from slimrank.checkpoint import weight_file_bytes
+from slimrank.checkpoint import has_remote_code, weight_file_bytes
 from slimrank.cli import app
 
 runner = CliRunner()
@@ -25,11 +25,23 @@ def test_json_says_the_same(compressed_folder, tmp_path):
     assert json.loads(done.stdout)["weight_bytes"] == weight_file_bytes(out)
 
 
+def test_a_copy_with_the_modelling_file(compressed_folder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["export", str(compressed_folder), str(out), "--to", "remote-code"]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "modeling_low_rank.py loads" in done.stdout
+    assert has_remote_code(out)
+    arguments[2] = str(tmp_path / "again")
+    done = runner.invoke(app, [*arguments, "--json"])
+    assert json.loads(done.stdout)["file"] == "modeling_low_rank.py"
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("dense_folder", [], "not compressed by slimrank"),
-        ("compressed_folder", ["--to", "gguf"], "--to is 'gguf'; only 'dense' is supported"),
+        ("compressed_folder", ["--to", "gguf"], "--to is 'gguf'; it is one of dense, remote-code"),
     ],
 )
 def test_errors_are_one_line(source, options, message, request, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slimrank import CompressionRecipe, compress, load
+from slimrank import CompressionOptions, CompressionRecipe, compress, load
 from slimrank.calibration import TokenWindows
 from slimrank.demo import fetch_model
 from slimrank.source import load_model, load_tokenizer, parse_source
@@ -74,7 +74,10 @@ def compressed(tmp_path_factory):
                     "budget": {"param_ratio": 0.7},
                 }
             )
-            report = compress(folder / "dense", recipe, out=folder / "out", windows=windows)
+            options = CompressionOptions(remote_code=True)  # which vLLM passes by
+            report = compress(
+                folder / "dense", recipe, out=folder / "out", windows=windows, options=options
+            )
             ranks = {linear.rank for linear in report.linears}
             assert len(ranks) > 3
             assert None in ranks

@@ -18,7 +18,7 @@ from slimrank.checkpoint.foreign import reason, told_as
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
 from slimrank.checkpoint.manifest import RunManifest
 from slimrank.checkpoint.mapped_folder import load_mapped, map_over
-from slimrank.checkpoint.other_files import copy_other_files
+from slimrank.checkpoint.other_files import copy_other_files, copy_weights
 from slimrank.checkpoint.passing import renamed_when_done, require_writable
 from slimrank.checkpoint.profile import (
     Profile,
@@ -28,6 +28,12 @@ from slimrank.checkpoint.profile import (
     require_space,
 )
 from slimrank.checkpoint.quantizer import LowRankQuantizer, mark_compressed, register
+from slimrank.checkpoint.remote_code import (
+    REMOTE_CODE,
+    add_remote_code,
+    has_remote_code,
+    require_served_by_code,
+)
 from slimrank.checkpoint.size import (
     SHARD_SIZE,
     folder_bytes,
@@ -56,6 +62,7 @@ __all__ = [
     "QUANTIZATION",
     "QUANT_METHOD",
     "RECIPE",
+    "REMOTE_CODE",
     "REPORT",
     "SHARD_SIZE",
     "TRUSTED",
@@ -69,9 +76,12 @@ __all__ = [
     "ProfiledLinear",
     "RunManifest",
     "RunState",
+    "add_remote_code",
     "compare_with_folder",
     "copy_other_files",
+    "copy_weights",
     "folder_bytes",
+    "has_remote_code",
     "has_run",
     "load",
     "load_mapped",
@@ -90,6 +100,7 @@ __all__ = [
     "removed_what_is_left",
     "renamed_when_done",
     "require_no_run",
+    "require_served_by_code",
     "require_sound",
     "require_sound_config",
     "require_space",

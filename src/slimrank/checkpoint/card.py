@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from slimrank.checkpoint.remote_code import REMOTE_CODE
 from slimrank.report import CompressionReport
 
 TEMPLATE = """---
@@ -34,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{title}")
 tokenizer = AutoTokenizer.from_pretrained("{title}")
 ```
-
+{without}
 ## How it was made
 
 ```
@@ -48,7 +49,7 @@ The weights remain under the licence of {name}.
 """
 
 
-def model_card(report: CompressionReport, title: str) -> str:
+def model_card(report: CompressionReport, title: str, remote_code: bool = False) -> str:
     """Write the card of a compressed folder.
 
     Parameters
@@ -56,6 +57,8 @@ def model_card(report: CompressionReport, title: str) -> str:
     report : CompressionReport
     title : str
         Name of the folder.
+    remote_code : bool
+        The modelling file is there.
     """
     factorised = [linear for linear in report.linears if linear.rank is not None]
     losses = [linear.measured_loss for linear in factorised]
@@ -78,8 +81,17 @@ def model_card(report: CompressionReport, title: str) -> str:
         tokens=report.tokens,
         source=source,
         blocks=_blocks(report),
+        without=without_slimrank() if remote_code else "",
         notes=f"\nRemarks:\n{notes}\n" if notes else "",
     )
+
+
+def without_slimrank() -> str:
+    """Say how a folder loads that carries the modelling file."""
+    return f"""
+Where slimrank is not installed, `from_pretrained(..., trust_remote_code=True)` runs the short file
+`{REMOTE_CODE}` of this folder, and gives the same model.
+"""
 
 
 def _blocks(report: CompressionReport) -> str:

@@ -11,6 +11,7 @@ from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.loading import load
 from slimrank.checkpoint.mapped_folder import load_mapped, save_mapped
 from slimrank.checkpoint.passing import renamed_when_done
+from slimrank.checkpoint.remote_code import add_remote_code
 from slimrank.checkpoint.size import SHARD_SIZE, weight_file_bytes
 from slimrank.errors import CheckpointError, NumericalWarning
 from slimrank.model import is_mapped, let_go_of
@@ -28,6 +29,7 @@ def write_folder(
     report: CompressionReport,
     probe: Tensor,
     passing: Path | None = None,
+    remote_code: bool = False,
 ) -> CompressionReport:
     """Write model, tokenizer, recipe, report and card; load them again and compare; rename.
 
@@ -44,6 +46,8 @@ def write_folder(
         Token ids on which the logits of both models are compared.
     passing : Path, optional
         Where the folder is until then, on the same disk; beside `out` if left out.
+    remote_code : bool
+        Put the modelling file beside, by which the folder loads without slimrank.
 
     Returns
     -------
@@ -66,7 +70,10 @@ def write_folder(
         finished = report.model_copy(update={"size": size})
         (folder / RECIPE).write_text(finished.recipe.to_yaml(), encoding="utf-8")
         (folder / REPORT).write_text(finished.model_dump_json(indent=1), encoding="utf-8")
-        (folder / CARD).write_text(model_card(finished, out.name), encoding="utf-8")
+        card = model_card(finished, out.name, remote_code)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        if remote_code:
+            add_remote_code(model, folder)
         _compare(model, folder, finished, probe)
     return finished
 

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
+from slimrank.checkpoint.remote_code import forget_remote_code
 from slimrank.checkpoint.size import as_saved, read_headers
 from slimrank.errors import CheckpointError, ModelError
 from slimrank.model import replace_linear
@@ -81,6 +82,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         # `.half()` and `.float()` refuse models marked as quantised. Ours holds floats, and codes
         # that they leave alone.
         model.is_quantized = False  # type: ignore[assignment]
+        forget_remote_code(model.config)
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear) and module.pivoted and not module.pivots.is_meta:
                 check_pivots(module.pivots, module.out_features, name)

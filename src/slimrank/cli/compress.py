@@ -69,6 +69,7 @@ def compress_command(
     batch_size: opt.BatchSize = None,
     memory: opt.Memory = None,
     stream: opt.Stream = False,
+    remote_code: opt.RemoteCode = False,
     resume: opt.Resume = False,
     recipe: opt.Recipe = None,
     json: opt.Json = False,
@@ -107,7 +108,12 @@ def compress_command(
     )
     limit = None if memory is None else int(memory * 1e9)
     how = CompressionOptions(
-        device=device, batch_size=batch_size, memory=limit, track=track, stream=stream
+        device=device,
+        batch_size=batch_size,
+        memory=limit,
+        stream=stream,
+        remote_code=remote_code,
+        track=track,
     )
     say_if_it_begins(resume, has_run(out) or out.exists())
     with says_what_is_kept(lambda: GO_ON if has_run(out) else None):

@@ -180,6 +180,14 @@ KVKeep = Annotated[
         "in (0, 1]. With --keep 1 all else stays dense.",
     ),
 ]
+RemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--remote-code",
+        help="Put a small modelling file into OUT, so that it loads with trust_remote_code where "
+        "slimrank is not installed.",
+    ),
+]
 ProfileFolder = Annotated[
     Path | None,
     typer.Option(
