@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from slimrank.checkpoint.remote_code import REMOTE_CODE
-from slimrank.report import CompressionReport
+from slimrank.report import CompressionReport, LinearReport
+
+MACHINE = ("device", "dtype", "threads", "platform", "torch", "transformers")
 
 TEMPLATE = """---
 library_name: transformers
@@ -18,15 +20,20 @@ pipeline_tag: text-generation
 {name} with {count} of its linears factorised to low rank by slimrank {version}, method
 `{method}`.{origin}
 
-**Size**: {line}.
+## Size and loss
 
-**Loss**: the factorised linears lose {loss:.2%} of the energy of their outputs, on average over
-linears, on the {tokens:,} calibration tokens ({source}). Perplexity on text of your own:
-`slimrank evaluate . --text FILE`.
+{line}.
+
+{table}
+
+Loss is the share of the energy of a linear's outputs that its factors do not give, on the
+{tokens:,} calibration tokens ({source}): as promised by singular values, and as measured with the
+factors. A perplexity on text of your own: `slimrank evaluate {title} --text FILE`.
 {blocks}
 ## Load
 
-slimrank must be imported first. Without it transformers stops with a size mismatch.
+In **transformers**, slimrank must be imported first. Without it transformers stops with a size
+mismatch.
 
 ```python
 import slimrank
@@ -36,14 +43,34 @@ model = AutoModelForCausalLM.from_pretrained("{title}")
 tokenizer = AutoTokenizer.from_pretrained("{title}")
 ```
 {without}
+In **vLLM**, slimrank must be installed beside it, and is found; factors in int8 are not served:
+
+```
+vllm serve {title}
+```
+
+SGLang finds it alike, by a plugin that is experimental.
+
+In **ONNX Runtime** and **OpenVINO**, whose graphs keep the factors, and in **whatever knows dense
+linears only**, such as the conversion to GGUF:
+
+```
+slimrank export {title} {title}-onnx --to onnx
+slimrank export {title} {title}-openvino --to openvino
+slimrank export {title} {title}-dense --to dense
+```
+
+A first taste, and its speed and memory here: `slimrank chat {title}`, `slimrank benchmark {title}`.
+
 ## How it was made
 
 ```
 slimrank compress {name} {title} --recipe recipe.yaml
 ```
 
-`recipe.yaml` and `report.json` beside this file hold every setting, and for each linear its rank
-and the loss that was promised and measured.
+{seconds:,.0f} seconds and at most {peak:.1f} GB of memory on {device} in {dtype}, {threads} threads
+({platform}; torch {torch}, transformers {transformers}). `recipe.yaml` and `report.json` beside
+this file hold every setting, and for each linear its rank and its losses.
 {notes}
 The weights remain under the licence of {name}.
 """
@@ -61,7 +88,6 @@ def model_card(report: CompressionReport, title: str, remote_code: bool = False)
         The modelling file is there.
     """
     factorised = [linear for linear in report.linears if linear.rank is not None]
-    losses = [linear.measured_loss for linear in factorised]
     notes = "".join(f"\n- {warning}" for warning in report.warnings)
     source = ", ".join(report.recipe.calibration.source) or "the sample packaged with slimrank"
     if report.recipe.generated_sequences:
@@ -77,13 +103,38 @@ def model_card(report: CompressionReport, title: str, remote_code: bool = False)
         version=report.environment["slimrank"],
         method=report.recipe.method,
         line=report.size.line(),
-        loss=sum(losses) / len(losses) if losses else 0.0,
+        table=_table(report),
         tokens=report.tokens,
         source=source,
         blocks=_blocks(report),
         without=without_slimrank() if remote_code else "",
         notes=f"\nRemarks:\n{notes}\n" if notes else "",
+        seconds=sum(report.seconds.values()),
+        peak=report.peak_bytes / 1e9,
+        **{key: report.environment.get(key, "unknown") for key in MACHINE},
     )
+
+
+def _table(report: CompressionReport) -> str:
+    """Ranks, parameters and losses of all linears of a kind."""
+    kinds: dict[str, list[LinearReport]] = {}
+    for linear in report.linears:
+        kinds.setdefault(linear.name.rpartition(".")[2], []).append(linear)
+    lines = [
+        "| linears | number | left dense | ranks | kept | loss promised | measured |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind, linears in kinds.items():
+        ranks = [linear.rank for linear in linears if linear.rank is not None]
+        kept = sum(x.params for x in linears) / sum(x.params_before for x in linears)
+        promised = sum(x.predicted_loss for x in linears) / len(linears)
+        measured = sum(x.measured_loss for x in linears) / len(linears)
+        lines.append(
+            f"| {kind} | {len(linears)} | {len(linears) - len(ranks)} | "
+            f"{f'{min(ranks)}–{max(ranks)}' if ranks else ''} | {kept:.1%} | {promised:.2%} | "
+            f"{measured:.2%} |"
+        )
+    return "\n".join(lines)
 
 
 def without_slimrank() -> str:
