@@ -36,20 +36,21 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folders", help="where they stay; they are removed if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     draw = torch.Generator().manual_seed(options.seed)
-    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    settings = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
     results = {}
-    with tempfile.TemporaryDirectory() as place:
-        dense = Path(place) / "dense"
+    with tempfile.TemporaryDirectory() as passing:
+        place = Path(options.folders or passing)
+        dense = place / "dense"
         model = made(options).to(getattr(torch, options.dtype))
         model.save_pretrained(dense)
         for multiple in options.multiples:
             folders = [
-                folder(model, layout, multiple, options.keep, draw, Path(place))
-                for layout in LAYOUTS
+                folder(model, layout, multiple, options.keep, draw, place) for layout in LAYOUTS
             ]
             results[f"ranks of {multiple}"] = measured(dense, folders, options)
             _record.write(options.out, options.seed, settings, results)
