@@ -3,6 +3,6 @@
 from slimrank.refine.block import refine_block
 from slimrank.refine.data import BlockData, MicroBatch
 from slimrank.refine.divergence import Rest
-from slimrank.refine.training import learning_rate
+from slimrank.refine.steps import learning_rate
 
 __all__ = ["BlockData", "MicroBatch", "Rest", "learning_rate", "refine_block"]
