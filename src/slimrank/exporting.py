@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimrank.checkpoint import (
     CARD,
+    HEALING,
     QUANTIZATION,
     RECIPE,
     REPORT,
@@ -27,7 +28,7 @@ from slimrank.source import require_finite_weights
 from slimrank.targets import num_embeddings
 
 PROBE_TOKENS = 64
-LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION)  # they describe the factors
+LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION, HEALING)  # they describe the factors
 
 
 @torch.no_grad()

@@ -3,13 +3,16 @@
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
 from slimrank.checkpoint.contents import FolderContents, read_folder
+from slimrank.checkpoint.derived import write_derived
 from slimrank.checkpoint.finished import FinishedBlock
 from slimrank.checkpoint.folder import (
     CARD,
+    HEALING,
     QUANTIZATION,
     RECIPE,
     REPORT,
     compare_with_folder,
+    read_healing,
     read_quantization,
     read_report,
     write_folder,
@@ -52,6 +55,7 @@ from slimrank.checkpoint.unfinished import state_folder
 
 __all__ = [
     "CARD",
+    "HEALING",
     "LOAD_ERRORS",
     "QUANTIZATION",
     "QUANT_METHOD",
@@ -82,6 +86,7 @@ __all__ = [
     "own_weight_files",
     "read_folder",
     "read_headers",
+    "read_healing",
     "read_profile",
     "read_quantization",
     "read_report",
@@ -98,5 +103,6 @@ __all__ = [
     "state_folder",
     "told_as",
     "weight_file_bytes",
+    "write_derived",
     "write_folder",
 ]
