@@ -7,13 +7,14 @@ from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import load, read_profile, register
 from slimrank.compression import compress
 from slimrank.errors import SlimrankError
+from slimrank.healing import heal
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.planning import plan
 from slimrank.profiling import profile
 from slimrank.quantizing import quantize
-from slimrank.recipe import CompressionRecipe
-from slimrank.report import CompressionReport
+from slimrank.recipe import CompressionRecipe, HealRecipe
+from slimrank.report import CompressionReport, HealReport
 
 register()
 
@@ -23,12 +24,15 @@ __all__ = [
     "CompressionOptions",
     "CompressionRecipe",
     "CompressionReport",
+    "HealRecipe",
+    "HealReport",
     "LowRankLinear",
     "SlimrankError",
     "TokenWindows",
     "__version__",
     "compress",
     "evaluation",
+    "heal",
     "load",
     "plan",
     "profile",

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
 
-def _untracked(steps: Iterable[int], _what: str) -> Iterable[int]:
+def untracked(steps: Iterable[int], _what: str) -> Iterable[int]:
+    """Show no progress."""
     return steps
 
 
@@ -35,4 +36,4 @@ class CompressionOptions:
     batch_size: int | None = None
     memory: int | None = None
     stream: bool = False
-    track: Track = _untracked
+    track: Track = untracked

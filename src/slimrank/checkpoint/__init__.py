@@ -18,6 +18,13 @@ from slimrank.checkpoint.folder import (
     write_folder,
 )
 from slimrank.checkpoint.foreign import reason, told_as
+from slimrank.checkpoint.heal_state import (
+    HealRun,
+    HealSnapshot,
+    HealState,
+    has_healing,
+    require_no_healing,
+)
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
 from slimrank.checkpoint.manifest import RunManifest
 from slimrank.checkpoint.mapped_folder import load_mapped, map_over
@@ -65,6 +72,9 @@ __all__ = [
     "TRUSTED",
     "FinishedBlock",
     "FolderContents",
+    "HealRun",
+    "HealSnapshot",
+    "HealState",
     "LowRankConfig",
     "LowRankLinearConfig",
     "LowRankQuantizer",
@@ -76,6 +86,7 @@ __all__ = [
     "compare_with_folder",
     "copy_other_files",
     "folder_bytes",
+    "has_healing",
     "has_run",
     "load",
     "load_mapped",
@@ -94,6 +105,7 @@ __all__ = [
     "register",
     "removed_what_is_left",
     "renamed_when_done",
+    "require_no_healing",
     "require_no_run",
     "require_sound",
     "require_sound_config",
