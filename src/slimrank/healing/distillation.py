@@ -14,7 +14,7 @@ from slimrank.calibration import TokenWindows
 from slimrank.errors import NumericalError
 from slimrank.healing.predictor import Predictor
 from slimrank.model import device_of
-from slimrank.refine import divergence, few_positions, reduced_precision
+from slimrank.refine import few_positions, reduced_precision, summed_divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Distillation:
     def _part(self, given: Tensor, wanted: Tensor) -> Tensor:
         with torch.no_grad():
             aim = self.teacher.predictions(wanted)
-        return divergence(self.predictions(given), aim)
+        return summed_divergence(self.predictions(given), aim)
 
     def _reduced(self) -> AbstractContextManager[None]:
         """By the dtype of the embedding, which is not trained."""
@@ -107,7 +107,7 @@ class HeldOut:
             for few in few_positions(given):
                 found = self.distillation.predictions(given[:, few])
                 aim = self._aim(wanted[:, few])
-                divergences.append(float(divergence(found, aim)))
+                divergences.append(float(summed_divergence(found, aim)))
                 losses.append(_loss(found, ids[:, 1:][:, few]))
         tokens = sum(ids.numel() for ids, _ in self.batches)
         return self._mean(divergences, tokens), math.exp(self._mean(losses, self._predicted))

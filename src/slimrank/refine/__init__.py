@@ -2,7 +2,7 @@
 
 from slimrank.refine.block import refine_block
 from slimrank.refine.data import BlockData, MicroBatch
-from slimrank.refine.divergence import Rest, divergence, few_positions, predictions
+from slimrank.refine.divergence import Rest, few_positions, predictions, summed_divergence
 from slimrank.refine.losses import reduced_precision
 from slimrank.refine.masters import Best, master_parameters, set_values
 from slimrank.refine.steps import Steps, learning_rate, seed_of
@@ -13,7 +13,6 @@ __all__ = [
     "MicroBatch",
     "Rest",
     "Steps",
-    "divergence",
     "few_positions",
     "learning_rate",
     "master_parameters",
@@ -22,4 +21,5 @@ __all__ = [
     "refine_block",
     "seed_of",
     "set_values",
+    "summed_divergence",
 ]

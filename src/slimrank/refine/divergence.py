@@ -77,7 +77,7 @@ class Divergence:
             aim = predictions(self.rest.logits(wanted))
         logits = _wide(self.rest.logits(given))  # where gradients do not underflow yet
         _multiply_gradient(logits, scale)
-        return divergence(predictions(logits), aim)
+        return summed_divergence(predictions(logits), aim)
 
 
 def few_positions(states: Tensor) -> Iterator[slice]:
@@ -97,7 +97,7 @@ def predictions(logits: Tensor) -> Tensor:
     return _wide(logits).log_softmax(-1)
 
 
-def divergence(found: Tensor, aim: Tensor) -> Tensor:
+def summed_divergence(found: Tensor, aim: Tensor) -> Tensor:
     """``KL(aim ‖ found)`` of predictions, summed over positions."""
     return nn.functional.kl_div(found, aim, reduction="sum", log_target=True)
 
