@@ -7,7 +7,7 @@ import torch
 
 from interrupted import CutOff, timeless
 from slimrank import TokenWindows
-from slimrank.checkpoint import state_folder
+from slimrank.checkpoint import HealState, state_folder
 from slimrank.errors import CheckpointError, NumericalError, NumericalWarning
 from slimrank.healing import run as healing
 from slimrank.healing import training
@@ -167,6 +167,29 @@ def test_damage_is_refused(start, out):
     path.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read .*step-000000002\.safetensors"):
         start(resume=True)
+
+
+def test_a_snapshot_that_does_not_fit_is_refused(start, out):
+    """Sealed by whoever wrote it, so nothing but its names and shapes tell."""
+    with pytest.raises(CutOff):
+        start(2)
+    with HealState.resume(out) as state:
+        good, last = state.tensors(), state.last
+        for name, value in (
+            ("master.0", torch.zeros(2, 2)),
+            ("master.0", good["master.0"].double()),
+            ("moment.0.exp_avg", torch.zeros(3)),
+            ("moment.x.step", torch.tensor(1.0)),
+        ):
+            state.save(last, {**good, name: value})
+            state.close()
+            with pytest.raises(CheckpointError, match=r"does not fit: .*; delete it"):
+                start(resume=True)
+            state = HealState.resume(out)
+        state.save(last, {name: value for name, value in good.items() if name != "master.1"})
+        state.close()
+        with pytest.raises(CheckpointError, match=r"does not fit: .*master\.1"):
+            start(resume=True)
 
 
 def test_cut_off_when_only_the_state_is_left(start, run, out, monkeypatch):

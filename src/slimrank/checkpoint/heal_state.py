@@ -225,7 +225,11 @@ class HealState:
         try:
             remove_state_folder(self.folder, MANIFEST)
         finally:
-            self._lock.close()
+            self.close()
+
+    def close(self) -> None:
+        """Let other processes at the folder. May be called twice."""
+        self._lock.close()
 
     def __enter__(self) -> "HealState":
         return self
@@ -241,7 +245,7 @@ class HealState:
                 with suppress(CheckpointError):  # as much as the disk lets go of
                     remove_state_folder(self.folder, MANIFEST)
         finally:
-            self._lock.close()
+            self.close()
 
 
 def _read_last(folder: Path) -> HealSnapshot | None:

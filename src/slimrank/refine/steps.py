@@ -156,13 +156,27 @@ class Steps(Generic[Batch]):
         done : int
         moments : dict of str to Tensor
             What `moments` gave after them.
+
+        Raises
+        ------
+        ValueError
+            If they are not of these parameters.
         """
         kept: dict[int, dict[str, Tensor]] = {}
         for name, value in moments.items():
             number, _, key = name.partition(".")
             kept.setdefault(int(number), {})[key] = value
+        for index, values in kept.items():
+            shape = self._trained[index].shape if index < len(self._trained) else None
+            if {key: value.shape for key, value in values.items()} != _shapes(shape):
+                raise ValueError(f"the moments of parameter {index} are not those of AdamW")
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": kept})
         self.done = done
+
+
+def _shapes(shape: torch.Size | None) -> dict[str, torch.Size | None]:
+    """What AdamW remembers of a parameter."""
+    return {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
 
 
 def _add_gradients_up(parameters: Sequence[nn.Parameter]) -> None:
