@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "by gradients": {"method": "aa-svd", "refine": {**REFINE, "loss": "gradient"}, **IN_SEQUENCE},
     "in another order": {"method": "swift-svd", "allocation": "uniform", "within_block": "greedy"},
 }
-ADAPTERS = {"lora_rank": 2, "learning_rate": 1e-2}
+ADAPTERS = {"lora_rank": 2, "learning_rate": 3e-2, "epochs": 4}
 TUNED = {"tune": {"epochs": 1}, **IN_SEQUENCE}
 
 

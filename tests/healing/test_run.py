@@ -289,6 +289,15 @@ def test_folders_that_are_refused(
     assert left(tmp_path) == before
 
 
+def test_a_folder_without_factors_is_refused(run, small, tmp_path, monkeypatch):
+    """As of projections that were only taken apart for a cache."""
+    bare = read_folder(small).model_copy(update={"ranks": {}})
+    monkeypatch.setattr("slimrank.healing.opening.read_folder", lambda _: bare)
+    with pytest.raises(RecipeError, match="has no factors to heal, only dense linears"):
+        run()
+    assert not left(tmp_path)
+
+
 def test_a_loss_that_stops_being_finite(run, tmp_path):
     with pytest.raises(NumericalError, match=r"not finite.*nothing was written; try a smaller"):
         run(settings={"learning_rate": 1e30, "epochs": 3})

@@ -68,15 +68,17 @@ def add_adapters(model: Any, rank: int, seed: int) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def merge_adapters(model: Any) -> None:
-    """Add the adapters to the factors, and take them off again.
+    """Add the adapters to the factors, each sum rounded once, and take them off again.
 
     Parameters
     ----------
     model : PreTrainedModel
     """
     for name, layer in _adapted(model):
-        layer.merge(safe_merge=True)
-        model.set_submodule(name, layer.get_base_layer())
+        linear = layer.get_base_layer()
+        for adapter in layer.active_adapters:
+            linear.weight.add_(layer.get_delta_weight(adapter))
+        model.set_submodule(name, linear)
     del model.peft_config
 
 

@@ -3,39 +3,32 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from slimrank.calibration import TokenWindows, default_batch_size
 from slimrank.checkpoint import (
-    FolderContents,
     HealRun,
     HealState,
     has_healing,
     load,
-    read_folder,
     require_no_healing,
     require_writable,
 )
 from slimrank.checkpoint.manifest import warn_of_differences
 from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
-from slimrank.errors import CheckpointError, ModelError, NumericalWarning, RecipeError
-from slimrank.healing.adapters import add_adapters, merge_adapters, require_adapters
+from slimrank.errors import NumericalWarning
+from slimrank.healing.adapters import add_adapters, merge_adapters
 from slimrank.healing.distillation import Distillation, HeldOut
-from slimrank.healing.predictor import Predictor
-from slimrank.healing.teacher import open_teacher
-from slimrank.healing.text import draw_text, held_apart
+from slimrank.healing.opening import Case, open_case
 from slimrank.healing.trained import trained_parameters
 from slimrank.healing.training import Training
 from slimrank.healing.writing import finished, write_healed
-from slimrank.model import weights_fingerprint
 from slimrank.options import Track, untracked
 from slimrank.recipe import HealRecipe
 from slimrank.refine import master_parameters
 from slimrank.report import HealCheck, HealReport
-from slimrank.source import load_tokenizer, parse_source, require_device, require_finite_weights
-from slimrank.targets import num_embeddings
 
 PROBE_TOKENS = 128
 
@@ -109,7 +102,7 @@ def heal(
         with gathered_warnings() as messages:
             clock = Clock()
             with clock.phase("load"):
-                case = _open(Path(folder), recipe, teacher, windows, device)
+                case = open_case(Path(folder), recipe, teacher, windows, device)
             state = stack.enter_context(_kept(out, case, recipe, resume))
             case, report = _train(case, recipe, state, clock, batch_size, track)
         report = report.model_copy(update={"warnings": tuple(messages)})
@@ -120,68 +113,8 @@ def heal(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Case:
-    """What is opened for a healing."""
-
-    contents: FolderContents
-    student: Predictor
-    teacher: Predictor
-    teacher_name: str
-    windows: TokenWindows
-    text: TokenWindows
-    held_out: TokenWindows
-
-    def marks(self, recipe: HealRecipe) -> dict[str, str]:
-        """What a run that goes on must have in common with the one that was cut off."""
-        return {
-            "settings": recipe.fingerprint(),
-            "folder": weights_fingerprint(self.student.model),
-            "dense model": weights_fingerprint(self.teacher.model),
-            "text": self.windows.fingerprint(),
-        }
-
-
-def _open(
-    folder: Path,
-    recipe: HealRecipe,
-    teacher: str | Path | None,
-    windows: TokenWindows | None,
-    device: str | None,
-) -> _Case:
-    """Load both models and the text, and see that they fit each other."""
-    contents = read_folder(folder)
-    if contents.int8:
-        raise CheckpointError(
-            f"{folder} is in eight bits, which cannot be trained; heal the folder it came from, "
-            "and quantise afterwards"
-        )
-    if not contents.ranks:
-        raise RecipeError(f"{folder} has no factors to heal, only dense linears")
-    if recipe.lora_rank is not None:
-        require_adapters()
-    require_device(device)
-    windows = windows or draw_text(recipe, load_tokenizer(parse_source(folder)))
-    text, held_out = held_apart(windows, recipe)
-    model = load(folder, dtype="auto")
-    require_finite_weights(model, str(folder))
-    model = model.to(device) if device else model
-    dense, name = open_teacher(None if teacher is None else str(teacher), contents, model, device)
-    for each in (model, dense):
-        windows.check_vocabulary(num_embeddings(each))
-    blocks = contents.report.recipe.blocks if contents.report else None
-    student, beside = (Predictor.of(each, text.windows[0], blocks) for each in (model, dense))
-    sizes = student.vocabulary(), beside.vocabulary()
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"{name} tells {sizes[1]} tokens apart, and {folder} {sizes[0]}: it cannot be its "
-            "dense model"
-        )
-    return _Case(contents, student, beside, name, windows, text, held_out)
-
-
 @contextmanager
-def _kept(out: Path, case: _Case, recipe: HealRecipe, resume: bool) -> Iterator[HealState]:
+def _kept(out: Path, case: Case, recipe: HealRecipe, resume: bool) -> Iterator[HealState]:
     """Begin what is kept of the run, or go on with what there is."""
     versions = environment(case.student.model)
     if recipe.lora_rank is not None:
@@ -197,13 +130,13 @@ def _kept(out: Path, case: _Case, recipe: HealRecipe, resume: bool) -> Iterator[
 
 
 def _train(
-    case: _Case,
+    case: Case,
     recipe: HealRecipe,
     state: HealState,
     clock: Clock,
     batch_size: int | None,
     track: Track,
-) -> tuple[_Case, HealReport]:
+) -> tuple[Case, HealReport]:
     """Train in place, round, and look at the held-out sequences once more."""
     model = case.student.model
     size = batch_size or default_batch_size(max(map(len, case.windows.windows)))
@@ -246,7 +179,7 @@ def _train(
     return case, report
 
 
-def _as_it_was(case: _Case) -> _Case:
+def _as_it_was(case: Case) -> Case:
     """The folder's own weights, where training brought nothing once it was rounded."""
     warnings.warn(
         "nothing was better on the held-out sequences than the folder as it was; its weights are "
