@@ -2,7 +2,9 @@
 
 import shutil
 import weakref
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from interrupted import CutOff, stopping
-from slimrank import CompressionRecipe, CompressionReport, compress, load, profile
+from slimrank import CompressionRecipe, CompressionReport, HealRecipe, compress, heal, load, profile
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import load_mapped
 from slimrank.errors import ModelError
 from slimrank.evaluation import perplexity
+from slimrank.healing import training
 from slimrank.linalg import Factors, float64_device, in_float64
 from slimrank.model import device_of, is_mapped, let_go, staying
 from slimrank.nn import Int8Linear, LowRankLinear, remap_factors, round_factors
@@ -45,6 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "by gradients": {"method": "aa-svd", "refine": {**REFINE, "loss": "gradient"}, **IN_SEQUENCE},
     "in another order": {"method": "swift-svd", "allocation": "uniform", "within_block": "greedy"},
 }
+ADAPTERS = {"lora_rank": 2, "learning_rate": 3e-2, "epochs": 4}
 TUNED = {"tune": {"epochs": 1}, **IN_SEQUENCE}
 
 
@@ -258,6 +262,34 @@ def _without_float64(_: Path) -> None:
 
 def test_the_stand_in_is_as_strict_as_the_real_thing(tmp_path):
     on_far(_without_float64, tmp_path, has_float64=False)
+
+
+def _healed(folder: Path) -> None:
+    """The one there is cut off, and goes on."""
+    training.SPACING = 0.0
+    recipe = {"method": "svd", "budget": {"param_ratio": 0.5}, "layout": "plain"}
+    small = folder / "small"
+    compress(_dense(folder), CompressionRecipe.from_dict(recipe), out=small)
+    settings = {"learning_rate": 2e-3, "held_out_sequences": 4, "batch_sequences": 4}
+    for kind, values in {"factors": {}, "adapters": ADAPTERS}.items():
+        wanted = HealRecipe(**{**settings, **values})
+        near, there = folder / f"near {kind}", folder / f"there {kind}"
+        expected = heal(small, near, wanted, windows=_windows(16))
+        go_on = partial(heal, small, there, wanted, windows=_windows(16), device="far", resume=True)
+        with suppress(CutOff):
+            go_on(track=stopping(2, ("healing",)))
+        report = go_on()
+        assert report.environment["device"].startswith("far")
+        curves = [[check.divergence for check in x.checks] for x in (report, expected)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+        assert report.kept_step == expected.kept_step > 0
+        tensors = [load(out).state_dict() for out in (near, there)]
+        for key, tensor in tensors[0].items():
+            torch.testing.assert_close(tensors[1][key], tensor, rtol=5e-3, atol=5e-3)
+
+
+def test_a_healing_there_is_one_on_the_cpu(tmp_path):
+    on_far(_healed, tmp_path)
 
 
 def _other_forms(_: Path) -> None:

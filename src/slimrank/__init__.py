@@ -8,13 +8,14 @@ from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import load, read_profile, register
 from slimrank.compression import compress
 from slimrank.errors import SlimrankError
+from slimrank.healing import heal
 from slimrank.nn import LowRankLinear
 from slimrank.options import CompressionOptions
 from slimrank.planning import plan
 from slimrank.profiling import profile
 from slimrank.quantizing import quantize
-from slimrank.recipe import CompressionRecipe
-from slimrank.report import CompressionReport
+from slimrank.recipe import CompressionRecipe, HealRecipe
+from slimrank.report import CompressionReport, HealReport
 
 register()
 
@@ -24,6 +25,8 @@ __all__ = [
     "CompressionOptions",
     "CompressionRecipe",
     "CompressionReport",
+    "HealRecipe",
+    "HealReport",
     "LowRankLinear",
     "SlimrankError",
     "TokenWindows",
@@ -31,6 +34,7 @@ __all__ = [
     "benchmark",
     "compress",
     "evaluation",
+    "heal",
     "load",
     "plan",
     "profile",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimrank.checkpoint import (
     CARD,
+    HEALING,
     QUANTIZATION,
     RECIPE,
     REMOTE_CODE,
@@ -28,7 +29,7 @@ from slimrank.source import require_finite_weights
 from slimrank.targets import num_embeddings
 
 PROBE_TOKENS = 64
-LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION, REMOTE_CODE)  # they are of the factors
+LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION, HEALING, REMOTE_CODE)  # of the factors
 
 
 @torch.no_grad()

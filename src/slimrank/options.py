@@ -6,7 +6,8 @@ from dataclasses import dataclass
 Track = Callable[[Iterable[int], str], Iterable[int]]
 
 
-def _untracked(steps: Iterable[int], _what: str) -> Iterable[int]:
+def untracked(steps: Iterable[int], _what: str) -> Iterable[int]:
+    """Show no progress."""
     return steps
 
 
@@ -38,4 +39,4 @@ class CompressionOptions:
     memory: int | None = None
     stream: bool = False
     remote_code: bool = False
-    track: Track = _untracked
+    track: Track = untracked

@@ -9,23 +9,14 @@ from torch import Tensor, nn
 
 from slimrank.allocation import PIVOT_PARAMS
 from slimrank.checkpoint import (
-    CARD,
     QUANTIZATION,
-    REMOTE_CODE,
-    REPORT,
-    SHARD_SIZE,
     FolderContents,
-    add_remote_code,
-    compare_with_folder,
-    copy_other_files,
-    has_remote_code,
     load,
     mark_compressed,
-    model_card,
     read_folder,
-    renamed_when_done,
     require_writable,
     weight_file_bytes,
+    write_derived,
 )
 from slimrank.errors import CheckpointError, RecipeError
 from slimrank.evaluation import perplexity
@@ -137,7 +128,12 @@ def quantize(
         perplexity=None if after is None else after.value,
         perplexity_tokens=0 if after is None else after.tokens,
     )
-    return _write(model, contents, report, out)
+    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
+
+    def entry(weight_bytes: int) -> QuantizationReport:
+        return report.model_copy(update={"weight_bytes": weight_bytes})
+
+    return write_derived(model, contents, out, QUANTIZATION, entry, _after_rounding, probe)
 
 
 def _known_packing(word: str) -> Packing:
@@ -214,31 +210,6 @@ def _dense(
 def _truncation_losses(contents: FolderContents) -> dict[str, float]:
     report = contents.report if contents.report_fits else None
     return {linear.name: linear.measured_loss for linear in report.linears} if report else {}
-
-
-def _write(
-    model: Any, contents: FolderContents, report: QuantizationReport, out: Path
-) -> QuantizationReport:
-    """Write, read back, rename. The modelling file stays where it can load what is there."""
-    source = Path(contents.folder)
-    has_code = has_remote_code(source) and report.packing == "rows"
-    with renamed_when_done(out) as folder:
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-        written = report.model_copy(update={"weight_bytes": weight_file_bytes(folder)})
-        (folder / QUANTIZATION).write_text(written.model_dump_json(indent=1), encoding="utf-8")
-        if contents.report is not None and contents.report_fits:
-            compression = _after_rounding(contents.report, written)
-            (folder / REPORT).write_text(compression.model_dump_json(indent=1), encoding="utf-8")
-            card = model_card(compression, out.name, has_code)
-            (folder / CARD).write_text(card, encoding="utf-8")
-        if has_code:
-            add_remote_code(model, folder)
-        copy_other_files(source, folder, (REMOTE_CODE,))
-        probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
-        compare_with_folder(model, folder, probe)
-        if read_folder(folder).quantization != written:
-            raise CheckpointError(f"{QUANTIZATION} does not read back as it was written")
-    return written
 
 
 def _after_rounding(report: CompressionReport, rounded: QuantizationReport) -> CompressionReport:

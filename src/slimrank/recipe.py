@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,9 @@ YAML_ERRORS = (  # the constructors of PyYAML also let these out, as of `!!bool 
     *(yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, OverflowError),
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+HEAL_RATE, LORA_RATE = 5e-5, 5e-4
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -234,6 +237,71 @@ class TuneRecipe(_Frozen):
     def refinement(self) -> RefineRecipe:
         """The same as settings of a training by predictions."""
         return RefineRecipe(preset="fast", loss="kl", **self.model_dump())
+
+
+class HealRecipe(_Frozen):
+    """Training of a compressed folder, end to end, towards the dense model's predictions.
+
+    Not a part of `CompressionRecipe`: any folder can be healed, at any time. Beside the text and
+    the number of epochs, the learning rate is what to choose.
+    """
+
+    source: tuple[str, ...] = Field(
+        default=(), description="Text files, folders or a hub data set."
+    )
+    num_sequences: int | None = Field(
+        default=None, ge=1, description="Sequences to train on; left out, all that the text has."
+    )
+    sequence_length: int = Field(default=512, ge=2, description="Tokens in each.")
+    held_out_sequences: int = Field(
+        default=16, ge=1, description="Further sequences, to stop by and not to train on."
+    )
+    epochs: int = Field(default=1, ge=1, description="Passes over the sequences.")
+    batch_sequences: int = Field(default=8, ge=1, description="Sequences of one step.")
+    learning_rate: float = Field(
+        default=HEAL_RATE,
+        gt=0,
+        description=f"Of AdamW, at its peak; left out, {HEAL_RATE:g}, with adapters {LORA_RATE:g}.",
+    )
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="As for `RefineRecipe`.")
+    final_learning_rate: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    checks: int = Field(
+        default=16, ge=1, description="How often the held-out sequences are looked at, in all."
+    )
+    patience: int = Field(
+        default=4, ge=1, description="Checks without a better loss after which it stops."
+    )
+    lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train adapters of this rank on the factors, and merge them.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Adapters begin at zero, and bear larger steps than factors."""
+        if isinstance(values, dict) and values.get("lora_rank") is not None:
+            return {"learning_rate": LORA_RATE, **values}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = "recipe") -> "HealRecipe":
+        """Check a mapping.
+
+        Raises
+        ------
+        RecipeError
+            With the first thing that is wrong, in one line.
+        """
+        return validated(cls, values, where)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all settings."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 def _listless(value: Any) -> Any:
@@ -499,15 +567,7 @@ class CompressionRecipe(_Frozen):
         RecipeError
             With the first thing that is wrong, in one line.
         """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first, key, message = first_fault(error)
-            if first["type"] == "extra_forbidden":
-                message = f"unknown key; there are {', '.join(_keys_beside(cls, first['loc']))}"
-            cause = first.get("ctx", {}).get("error")
-            kind = type(cause) if isinstance(cause, SlimrankError) else RecipeError
-            raise kind(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
+        return validated(cls, values, where)
 
     @classmethod
     def from_yaml(cls, text: str, where: str = "recipe") -> "CompressionRecipe":
@@ -532,6 +592,33 @@ class CompressionRecipe(_Frozen):
     def fingerprint(self) -> str:
         """SHA-256 of all settings."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def validated(kind: type[Kind], values: Any, where: str) -> Kind:
+    """Check a mapping.
+
+    Parameters
+    ----------
+    kind : type
+        Of recipe.
+    values : Any
+    where : str
+        It comes from, for the message.
+
+    Raises
+    ------
+    RecipeError
+        With the first thing that is wrong, in one line.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first, key, message = first_fault(error)
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key; there are {', '.join(_keys_beside(kind, first['loc']))}"
+        cause = first.get("ctx", {}).get("error")
+        raised = type(cause) if isinstance(cause, SlimrankError) else RecipeError
+        raise raised(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
 
 
 def first_fault(error: ValidationError) -> tuple[Any, str, str]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slimrank.errors import CheckpointError
-from slimrank.recipe import CompressionRecipe
+from slimrank.recipe import CompressionRecipe, HealRecipe
 
 Packing = Literal["rows", "remapped"]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -629,6 +629,108 @@ class QuantizationReport(_Frozen):
         return (
             f"{text}; perplexity {self.perplexity_before:.4f} -> {self.perplexity:.4f} over "
             f"{self.perplexity_tokens} tokens"
+        )
+
+
+class HealCheck(_Frozen):
+    """One look at the held-out sequences.
+
+    Parameters
+    ----------
+    step : int
+        Steps before it; 0 is the start.
+    tokens : int
+        Trained on before it, those of every epoch counted.
+    seconds : float
+        From the start of the training, checks included.
+    divergence : float
+        Of the predictions from the dense model's, in nats a token.
+    perplexity : float
+    trained_divergence : float or None
+        Mean over the steps since the check before, on their own sequences.
+    """
+
+    step: Count
+    tokens: Count
+    seconds: float
+    divergence: float
+    perplexity: float
+    trained_divergence: float | None = None
+
+
+class HealReport(_Frozen):
+    """What `slimrank heal` did, written as ``heal.json`` beside the weights.
+
+    Parameters
+    ----------
+    source, teacher : str
+        The folder that was healed, and the dense model.
+    recipe : HealRecipe
+    text_fingerprint : str
+        Of the token ids of all sequences, held-out ones included.
+    tokens, held_out_tokens : int
+        Of the sequences to train on, once, and of those held out.
+    trained_params : int
+    steps : int
+        That were planned.
+    checks : tuple of HealCheck
+        The curve: the start, then one every few steps, of float32 weights.
+    kept_step : int
+        After how many steps the weights are those that were kept; 0 leaves them as they were.
+    divergence, perplexity : float
+        On the held-out sequences, of the weights as they are stored.
+    teacher_perplexity : float
+        Of the dense model there.
+    weight_bytes : int
+        Of the weight files.
+    seconds : dict of str to float
+        Of each phase.
+    peak_bytes : int
+        Largest resident memory of the process.
+    environment : dict of str to str
+        Versions, platform, device, threads.
+    warnings : tuple of str
+    """
+
+    source: str
+    teacher: str
+    recipe: HealRecipe
+    text_fingerprint: str
+    tokens: Count
+    held_out_tokens: Count
+    trained_params: Count
+    steps: Count
+    checks: tuple[HealCheck, ...] = Field(min_length=1)
+    kept_step: Count
+    divergence: float
+    perplexity: float
+    teacher_perplexity: float
+    weight_bytes: Count
+    seconds: dict[str, float]
+    peak_bytes: Count
+    environment: dict[str, str]
+    warnings: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """All of it in one line.
+
+        Examples
+        --------
+        >>> start = HealCheck(step=0, tokens=0, seconds=1.0, divergence=0.5, perplexity=46.0)
+        >>> report = HealReport(source="m", teacher="d", recipe=HealRecipe(), text_fingerprint="",
+        ...     tokens=40960, held_out_tokens=8192, trained_params=2_000_000, steps=10,
+        ...     checks=(start,), kept_step=10, divergence=0.25, perplexity=40.0,
+        ...     teacher_perplexity=25.0, weight_bytes=9, seconds={}, peak_bytes=9, environment={})
+        >>> report.line()
+        '2.0 million parameters trained for 10 of 10 steps; on 8192 held-out tokens divergence 0.5000 -> 0.2500 nats a token, perplexity 46.00 -> 40.00 (dense: 25.00)'
+        """  # noqa: E501
+        before = self.checks[0]
+        return (
+            f"{self.trained_params / 1e6:.1f} million parameters trained for {self.kept_step} of "
+            f"{self.steps} steps; on {self.held_out_tokens} held-out tokens divergence "
+            f"{before.divergence:.4f} -> {self.divergence:.4f} nats a token, perplexity "
+            f"{before.perplexity:.2f} -> {self.perplexity:.2f} (dense: "
+            f"{self.teacher_perplexity:.2f})"
         )
 
 

@@ -385,7 +385,7 @@ def test_a_run_that_may_be_resumed_says_that_it_begins(model, text, tmp_path):
     assert result.stderr.splitlines().count(note) == 1
 
 
-@pytest.mark.parametrize("command", ["inspect", "plan", "evaluate", "quantize", "report"])
+@pytest.mark.parametrize("command", ["inspect", "plan", "evaluate", "quantize", "heal", "report"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_every_command_ends_cleanly(command, number, monkeypatch, tmp_path):
     """The signal comes once the command is at work; a second SIGTERM in the clean-up too."""
@@ -405,12 +405,14 @@ def test_every_command_ends_cleanly(command, number, monkeypatch, tmp_path):
         "plan": "slimrank.cli.plan.plan",
         "evaluate": "slimrank.cli.evaluate.parse_source",
         "quantize": "slimrank.cli.quantize.quantize",
+        "heal": "slimrank.cli.heal.heal",
         "report": "slimrank.cli.report.read_shown",
     }
     monkeypatch.setattr(at_work[command], work)
     text = tmp_path / "t.txt"
     text.write_text("the cat sat")
     more = {"plan": ["--keep", 0.8], "evaluate": ["--text", text], "quantize": [tmp_path / "q"]}
+    more["heal"] = [tmp_path / "h", "--text", text]
     more["report"] = ["--out", tmp_path / "r.html"]
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     arguments = [command, tmp_path / "model", *more.get(command, [])]

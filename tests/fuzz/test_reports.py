@@ -7,11 +7,14 @@ from hypothesis import given
 
 from fuzz.mutation import as_json, mutated, spoiled
 from fuzz.properties import examples, nothing_else_touched, right_or_refused, run
-from slimrank.checkpoint import read_quantization, read_report
+from slimrank.checkpoint import read_healing, read_quantization, read_report
 from slimrank.depth_plot import read_depths
 from slimrank.pages import read_shown, render
+from slimrank.recipe import HealRecipe
 from slimrank.report import (
     AllocationReport,
+    HealCheck,
+    HealReport,
     ImportanceWeightTrial,
     KVCacheReport,
     LinearReport,
@@ -68,6 +71,29 @@ QUANTIZATION = QuantizationReport(
     weight_bytes=100,
     perplexity_before=2.0,
     perplexity=3.0,
+)
+
+HEALING = HealReport(
+    source="m",
+    teacher="d",
+    recipe=HealRecipe(),
+    text_fingerprint="a",
+    tokens=100,
+    held_out_tokens=20,
+    trained_params=10,
+    steps=2,
+    checks=(
+        HealCheck(step=0, tokens=0, seconds=0.0, divergence=0.5, perplexity=9.0),
+        HealCheck(step=2, tokens=100, seconds=1.0, divergence=0.4, perplexity=8.0),
+    ),
+    kept_step=2,
+    divergence=0.4,
+    perplexity=8.0,
+    teacher_perplexity=5.0,
+    weight_bytes=100,
+    seconds={"train": 1.0},
+    peak_bytes=100,
+    environment={"torch": "2"},
 )
 
 
@@ -143,6 +169,16 @@ def test_changed_quantisations(folder, tree):
 def test_spoiled_quantisations(folder, content):
     (folder / "quantize.json").write_bytes(content)
     right_or_refused(lambda: read_quantization(folder), folder)
+
+
+@examples(20)
+@given(tree=mutated(HEALING.model_dump(mode="json")))
+def test_changed_healings(folder, tree):
+    path = folder / "heal.json"
+    path.write_bytes(as_json(tree))
+    found = right_or_refused(lambda: read_healing(folder), path)
+    if found is not None:
+        assert found.line()
 
 
 @examples(20)

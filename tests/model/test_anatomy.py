@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slimrank.errors import CoverageWarning, ModelError
-from slimrank.model import block_path, discover, list_sites
+from slimrank.model import block_path, discover, list_sites, outline
 
 QUIET = pytest.mark.filterwarnings("ignore:.*fused tensors:slimrank.errors.CoverageWarning")
 
@@ -250,3 +250,15 @@ def test_nothing_of_the_model_changes(family, make_model, ids):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@QUIET
+def test_an_outline_is_what_is_found_of_the_dense_model(family, make_model, make_compressed):
+    probe = torch.arange(4, 12)[None]
+    dense = discover(make_model(family), probe)
+    small, _ = make_compressed(family)
+    for model in (make_model(family), small):
+        found = outline(model, probe)
+        assert (found.path, found.extra_outputs) == (dense.path, dense.extra_outputs)
+        assert found.groups == ()
+        assert not model.get_submodule(found.path)[-1]._forward_hooks

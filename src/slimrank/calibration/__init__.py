@@ -11,6 +11,7 @@ from slimrank.calibration.gradients import (
     collect_gradients,
     keep_gradients,
 )
+from slimrank.calibration.head import head_logits
 from slimrank.calibration.importance import BlockInfluence
 from slimrank.calibration.joint import own_windows
 from slimrank.calibration.levels import call_levels
@@ -29,8 +30,11 @@ from slimrank.calibration.replay import (
     Batch,
     Batches,
     after_blocks,
+    blocks_of,
     call_block,
+    check_replay,
     embed_batches,
+    record_calls,
     run_block,
 )
 from slimrank.calibration.rest import FINAL, RestOfModel, call_checkpointed, keep_final
@@ -74,10 +78,12 @@ __all__ = [
     "Streams",
     "TokenWindows",
     "after_blocks",
+    "blocks_of",
     "call_block",
     "call_checkpointed",
     "call_levels",
     "check_on_tokens",
+    "check_replay",
     "collect_gradients",
     "collect_magnitudes",
     "collect_moments",
@@ -88,6 +94,7 @@ __all__ = [
     "from_padded",
     "gap_on_tokens",
     "generate_windows",
+    "head_logits",
     "hold_out",
     "keep_final",
     "keep_gradients",
@@ -99,6 +106,7 @@ __all__ = [
     "pass_original",
     "pass_shifted",
     "read_text",
+    "record_calls",
     "run_block",
     "stacked",
     "step_forward",

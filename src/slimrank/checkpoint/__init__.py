@@ -3,18 +3,28 @@
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
 from slimrank.checkpoint.contents import FolderContents, read_folder
+from slimrank.checkpoint.derived import write_derived
 from slimrank.checkpoint.finished import FinishedBlock
 from slimrank.checkpoint.folder import (
     CARD,
+    HEALING,
     QUANTIZATION,
     RECIPE,
     REPORT,
     compare_with_folder,
+    read_healing,
     read_quantization,
     read_report,
     write_folder,
 )
 from slimrank.checkpoint.foreign import reason, told_as
+from slimrank.checkpoint.heal_state import (
+    HealRun,
+    HealSnapshot,
+    HealState,
+    has_healing,
+    require_no_healing,
+)
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
 from slimrank.checkpoint.manifest import RunManifest
 from slimrank.checkpoint.mapped_folder import load_mapped, map_over
@@ -58,6 +68,7 @@ from slimrank.checkpoint.unfinished import state_folder
 
 __all__ = [
     "CARD",
+    "HEALING",
     "LOAD_ERRORS",
     "QUANTIZATION",
     "QUANT_METHOD",
@@ -68,6 +79,9 @@ __all__ = [
     "TRUSTED",
     "FinishedBlock",
     "FolderContents",
+    "HealRun",
+    "HealSnapshot",
+    "HealState",
     "LowRankConfig",
     "LowRankLinearConfig",
     "LowRankQuantizer",
@@ -81,6 +95,7 @@ __all__ = [
     "copy_other_files",
     "copy_weights",
     "folder_bytes",
+    "has_healing",
     "has_remote_code",
     "has_run",
     "load",
@@ -92,6 +107,7 @@ __all__ = [
     "own_weight_files",
     "read_folder",
     "read_headers",
+    "read_healing",
     "read_profile",
     "read_quantization",
     "read_report",
@@ -99,6 +115,7 @@ __all__ = [
     "register",
     "removed_what_is_left",
     "renamed_when_done",
+    "require_no_healing",
     "require_no_run",
     "require_served_by_code",
     "require_sound",
@@ -109,5 +126,6 @@ __all__ = [
     "state_folder",
     "told_as",
     "weight_file_bytes",
+    "write_derived",
     "write_folder",
 ]

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from slimrank.allocation import PIVOT_PARAMS
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
-from slimrank.checkpoint.folder import REPORT, read_quantization, read_report
+from slimrank.checkpoint.folder import REPORT, read_healing, read_quantization, read_report
 from slimrank.checkpoint.size import read_headers, safetensors_bytes, weight_file_bytes
 from slimrank.checkpoint.sound import own_weight_files, read_config
 from slimrank.errors import CheckpointError
-from slimrank.report import CompressionReport, QuantizationReport, SizeReport
+from slimrank.report import CompressionReport, HealReport, QuantizationReport, SizeReport
 
 MOST = 2**48  # numbers of one matrix
 PACKED = ("packed", "latent_scale", "expand_scale")
@@ -32,6 +32,8 @@ class FolderContents(BaseModel):
         Linears whose factors, or whose matrix, are in eight bits.
     quantization : QuantizationReport or None
         What the rounding cost; there if `int8` is.
+    healing : HealReport or None
+        How the factors were trained end to end, if they were.
     report : CompressionReport or None
         As written beside the weights: recipe, losses, fingerprints.
     report_fits : bool
@@ -45,6 +47,7 @@ class FolderContents(BaseModel):
     ranks: dict[str, int]
     int8: tuple[str, ...] = ()
     quantization: QuantizationReport | None = None
+    healing: HealReport | None = None
     report: CompressionReport | None
     report_fits: bool
 
@@ -76,6 +79,7 @@ def read_folder(folder: str | Path) -> FolderContents:
         ranks=ranks,
         int8=tuple(config.int8_linears),
         quantization=read_quantization(folder) if config.int8_linears else None,
+        healing=read_healing(folder),
         report=report,
         report_fits=fits,
     )

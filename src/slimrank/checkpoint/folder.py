@@ -2,9 +2,10 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from slimrank.checkpoint.card import model_card
@@ -16,10 +17,12 @@ from slimrank.checkpoint.size import SHARD_SIZE, weight_file_bytes
 from slimrank.errors import CheckpointError, NumericalWarning
 from slimrank.model import is_mapped, let_go_of
 from slimrank.recipe import CompressionRecipe
-from slimrank.report import CompressionReport, QuantizationReport
+from slimrank.report import CompressionReport, HealReport, QuantizationReport
 
 RECIPE, REPORT, CARD = "recipe.yaml", "report.json", "README.md"
-QUANTIZATION = "quantize.json"
+QUANTIZATION, HEALING = "quantize.json", "heal.json"
+
+Entry = TypeVar("Entry", bound=BaseModel)
 
 
 def write_folder(
@@ -104,11 +107,25 @@ def read_quantization(folder: str | Path) -> QuantizationReport | None:
     CheckpointError
         If it is damaged.
     """
-    path = Path(folder) / QUANTIZATION
+    return _read_entry(Path(folder) / QUANTIZATION, QuantizationReport)
+
+
+def read_healing(folder: str | Path) -> HealReport | None:
+    """Read what `slimrank heal` wrote beside the weights; None if it is not there.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+    """
+    return _read_entry(Path(folder) / HEALING, HealReport)
+
+
+def _read_entry(path: Path, kind: type[Entry]) -> Entry | None:
     if not path.is_file():
         return None
     try:
-        return QuantizationReport.model_validate_json(path.read_text(encoding="utf-8"))
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:200]
         raise CheckpointError(f"cannot read {path}: {line}") from error

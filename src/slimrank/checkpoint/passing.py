@@ -64,7 +64,7 @@ def renamed_when_done(
             raise CheckpointError(f"{out} appeared meanwhile; nothing was written")
         give_name(passing, out)
     except (OSError, SafetensorError) as error:
-        kept = "nothing was kept" if beside is None else "finished blocks are kept: see --resume"
+        kept = "nothing was kept" if beside is None else "what is finished is kept: see --resume"
         raise CheckpointError(f"cannot write {out}: {error}; {kept}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)

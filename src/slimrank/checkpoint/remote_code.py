@@ -36,15 +36,21 @@ def require_served_by_code(model: Any) -> None:
     ModelError
         If transformers lacks its class, or it has something that takes slimrank.
     """
+    why = why_not_by_code(model)
+    if why is not None:
+        raise ModelError(f"the modelling file cannot load {why}; only slimrank can")
+
+
+def why_not_by_code(model: Any) -> str | None:
+    """What in a model the modelling file cannot load; None if it can load all of it."""
     kind = type(model)
     if getattr(transformers, kind.__name__, None) is not kind:
-        raise ModelError(
-            f"a modelling file is for models that transformers has; {kind.__name__} is none of them"
-        )
+        return f"models that transformers has no class for, as {kind.__name__}"
     for module in model.modules():
         for strange, what in NOT_SERVED.items():
             if isinstance(module, strange):
-                raise ModelError(f"the modelling file cannot load {what}; only slimrank can")
+                return what
+    return None
 
 
 def add_remote_code(model: Any, folder: Path) -> None:

@@ -11,6 +11,7 @@ from slimrank.cli.demo import demo_command
 from slimrank.cli.depth import depth_command
 from slimrank.cli.evaluate import evaluate_command
 from slimrank.cli.export import export_command
+from slimrank.cli.heal import heal_command
 from slimrank.cli.inspect import inspect_command
 from slimrank.cli.output import version_option
 from slimrank.cli.plan import plan_command
@@ -32,6 +33,7 @@ app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("analyze")(analyze_command)
 app.command("depth")(depth_command)
+app.command("heal")(heal_command)
 app.command("quantize")(quantize_command)
 app.command("export")(export_command)
 app.command("report")(report_command)

@@ -8,6 +8,7 @@ import typer
 from slimrank.checkpoint import read_folder
 from slimrank.cli import options as opt
 from slimrank.cli.compress import print_allocation, print_losses
+from slimrank.cli.heal import print_healing
 from slimrank.cli.output import friendly, print_json, print_size, print_table, role, span
 from slimrank.cli.quantize import print_rounding
 
@@ -41,6 +42,8 @@ def inspect_command(
             f"recipe {report.recipe_fingerprint[:12]}"
         )
         typer.echo(report.recipe.to_yaml().rstrip())
+    if contents.healing is not None:
+        print_healing(contents.healing)
     if contents.quantization is not None:
         print_rounding(contents.quantization)
     print_size(contents.size)

@@ -7,6 +7,7 @@ from slimrank.model.anatomy import (
     block_path,
     discover,
     list_sites,
+    outline,
 )
 from slimrank.model.attention import AttentionSite, find_attention
 from slimrank.model.fingerprint import weights_fingerprint
@@ -30,6 +31,7 @@ __all__ = [
     "list_sites",
     "map_parameters",
     "matches",
+    "outline",
     "replace_linear",
     "run_on",
     "select_targets",

@@ -215,8 +215,7 @@ def discover(model: nn.Module, probe: Tensor, path: str | None = None) -> Anatom
         for name in sites:
             handle = model.get_submodule(name).register_forward_pre_hook(_recorder(name, calls))
             hooks.callback(handle.remove)
-        last = _blocks(model, path)[-1]
-        handle = last.register_forward_hook(lambda _m, _a, output: outputs.append(output))
+        handle = _blocks(model, path)[-1].register_forward_hook(_watcher(outputs))
         hooks.callback(handle.remove)
         _run_backbone(model, probe)
     groups = _group([(sites[name], tensor) for name, tensor in calls])
@@ -227,8 +226,39 @@ def discover(model: nn.Module, probe: Tensor, path: str | None = None) -> Anatom
         tuple(group for group in groups if group.sites[0].block == block)
         for block in range(num_blocks)
     )
-    tupled = isinstance(outputs[0], tuple) if outputs else False
-    return Anatomy(path, by_block, len(outputs[0]) - 1 if tupled else None)
+    return Anatomy(path, by_block, _extra_outputs(outputs))
+
+
+@torch.no_grad()
+def outline(model: nn.Module, probe: Tensor, path: str | None = None) -> Anatomy:
+    """Find the blocks alone, without a look at their linears: of a compressed model too.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers causal language model, in eval mode.
+    probe : Tensor of shape (1, tokens), int64
+    path : str, optional
+        The block list, if it cannot be told (see `block_path`).
+
+    Returns
+    -------
+    Anatomy
+        Without groups.
+
+    Raises
+    ------
+    ModelError
+        See `block_path`.
+    """
+    path = block_path(model, path)
+    outputs: list[Any] = []
+    handle = _blocks(model, path)[-1].register_forward_hook(_watcher(outputs))
+    try:
+        _run_backbone(model, probe)
+    finally:
+        handle.remove()
+    return Anatomy(path, (), _extra_outputs(outputs))
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -279,6 +309,15 @@ def _recorder(name: str, calls: list[tuple[str, Tensor]]) -> Any:
         calls.append((name, args[0]))
 
     return hook
+
+
+def _watcher(outputs: list[Any]) -> Any:
+    return lambda _module, _args, output: outputs.append(output)
+
+
+def _extra_outputs(outputs: list[Any]) -> int | None:
+    """How many items follow the hidden states; None if a block returns them alone."""
+    return len(outputs[0]) - 1 if outputs and isinstance(outputs[0], tuple) else None
 
 
 def _group(calls: list[tuple[LinearSite, Tensor]]) -> list[InputGroup]:

@@ -2,7 +2,24 @@
 
 from slimrank.refine.block import refine_block
 from slimrank.refine.data import BlockData, MicroBatch
-from slimrank.refine.divergence import Rest
-from slimrank.refine.training import learning_rate
+from slimrank.refine.divergence import Rest, few_positions, predictions, summed_divergence
+from slimrank.refine.losses import reduced_precision
+from slimrank.refine.masters import Best, master_parameters, set_values
+from slimrank.refine.steps import Steps, learning_rate, seed_of
 
-__all__ = ["BlockData", "MicroBatch", "Rest", "learning_rate", "refine_block"]
+__all__ = [
+    "Best",
+    "BlockData",
+    "MicroBatch",
+    "Rest",
+    "Steps",
+    "few_positions",
+    "learning_rate",
+    "master_parameters",
+    "predictions",
+    "reduced_precision",
+    "refine_block",
+    "seed_of",
+    "set_values",
+    "summed_divergence",
+]

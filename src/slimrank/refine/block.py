@@ -19,7 +19,7 @@ from slimrank.recipe import RefineRecipe
 from slimrank.refine.data import BlockData
 from slimrank.refine.divergence import Divergence, Rest
 from slimrank.refine.losses import Loss, SquaredError
-from slimrank.refine.masters import copy_values, master_parameters, set_values
+from slimrank.refine.masters import Best, master_parameters
 from slimrank.refine.training import BlockTraining
 from slimrank.report import RefinementEpoch, RefinementReport
 
@@ -106,21 +106,21 @@ def refine_block(
         training = BlockTraining(block, trained, calibration, measure, settings, index, what)
         start_loss = training.loss(calibration)
         start_held_out = None if held_out is None else training.loss(held_out)
-        best, kept = start_held_out, 0
-        values = [] if patience is None else copy_values(trained)
+        best = None
+        if patience is not None and start_held_out is not None:
+            best = Best(trained, start_held_out)
         for number in range(1, settings.epochs + 1):
             loss = training.train_epoch()
             at_end = None if held_out is None else training.loss(held_out)
             seconds = time.perf_counter() - started
             epochs.append(RefinementEpoch(loss=loss, held_out_loss=at_end, seconds=seconds))
-            if patience is None or at_end is None or best is None:
-                kept = number
-            elif at_end < best:
-                kept, best, values = number, at_end, copy_values(trained)
-            elif number - kept >= patience:
+            if best is None or at_end is None or best.is_improved(number, at_end):
+                continue
+            if patience is not None and number - best.number >= patience:
                 break
-        if kept < len(epochs):
-            set_values(trained, values)
+        kept = len(epochs) if best is None else best.number
+        if best is not None and kept < len(epochs):
+            best.put_back()
         processes.equalise(trained)
     return RefinementReport(
         loss=settings.loss,

@@ -1,6 +1,6 @@
 """How far the whole model's predictions are from the original's, by what one block gives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -62,28 +62,44 @@ class Divergence:
 
     def total(self, block: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Sum over tokens, and the number of tokens."""
-        with reduced_precision(batch):
+        with reduced_precision(batch.inputs):
             hidden = call_block(block, batch.inputs, batch.call)
         scale = loss_scale(batch.inputs.dtype, 1.0)  # no gradient by a logit is larger
         _multiply_gradient(hidden, 1 / scale)
         given = self.rest.states(hidden, batch.numbers)
         wanted = self.rest.wanted(batch.numbers).to(given.device)
-        count, length = given.shape[:2]
-        chunk = max(1, TOKENS // count)
         again = partial(checkpoint, self._part, use_reentrant=False, preserve_rng_state=False)
-        parts = [
-            again(given[:, start : start + chunk], wanted[:, start : start + chunk], scale)
-            for start in range(0, length, chunk)
-        ]
-        return torch.stack(parts).sum(), count * length
+        parts = [again(given[:, few], wanted[:, few], scale) for few in few_positions(given)]
+        return torch.stack(parts).sum(), given.shape[0] * given.shape[1]
 
     def _part(self, given: Tensor, wanted: Tensor, scale: float) -> Tensor:
         with torch.no_grad():
-            aim = _wide(self.rest.logits(wanted)).log_softmax(-1)
-        logits = _wide(self.rest.logits(given))
+            aim = predictions(self.rest.logits(wanted))
+        logits = _wide(self.rest.logits(given))  # where gradients do not underflow yet
         _multiply_gradient(logits, scale)
-        found = logits.log_softmax(-1)
-        return nn.functional.kl_div(found, aim, reduction="sum", log_target=True)
+        return summed_divergence(predictions(logits), aim)
+
+
+def few_positions(states: Tensor) -> Iterator[slice]:
+    """Cut the positions of (batch, length, …) so that about `TOKENS` are held at once.
+
+    Examples
+    --------
+    >>> [(few.start, few.stop) for few in few_positions(torch.empty(2, 300, 1))]
+    [(0, 128), (128, 256), (256, 384)]
+    """
+    chunk = max(1, TOKENS // states.shape[0])
+    return (slice(start, start + chunk) for start in range(0, states.shape[1], chunk))
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Logarithms of the probabilities, in float32 or wider."""
+    return _wide(logits).log_softmax(-1)
+
+
+def summed_divergence(found: Tensor, aim: Tensor) -> Tensor:
+    """``KL(aim ‖ found)`` of predictions, summed over positions."""
+    return nn.functional.kl_div(found, aim, reduction="sum", log_target=True)
 
 
 def _multiply_gradient(tensor: Tensor, factor: float) -> None:

@@ -98,7 +98,7 @@ class SquaredError:
 
     def total(self, block: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
         """Sum of squares, and the number of elements."""
-        with reduced_precision(batch):
+        with reduced_precision(batch.inputs):
             states = call_block(block, batch.inputs, batch.call)
         dtype = torch.promote_types(states.dtype, torch.float32)
         errors = states.to(dtype) - batch.targets.to(dtype)
@@ -108,10 +108,10 @@ class SquaredError:
 
 
 @contextmanager
-def reduced_precision(batch: MicroBatch) -> Iterator[None]:
-    """Products in bfloat16 if the model is in bfloat16 or float16, as it is otherwise."""
-    reduced = batch.inputs.dtype.itemsize < torch.float32.itemsize
-    device = batch.inputs.device.type
+def reduced_precision(like: Tensor) -> Iterator[None]:
+    """Products in bfloat16 if a tensor of the model is in bfloat16 or float16; else as they are."""
+    reduced = like.dtype.itemsize < torch.float32.itemsize
+    device = like.device.type
     with torch.autocast(device, torch.bfloat16, enabled=reduced, cache_enabled=False):
         yield
 
