@@ -72,6 +72,17 @@ def test_killed_at_any_step_it_has_one_of_two_snapshots(out, tmp_path):
     assert found == {1, 2}
 
 
+def test_what_a_killed_process_left_goes(out):
+    with HealState.begin(out, RUN) as state:
+        state.save(snapshot(1), tensors(1))
+    (state_folder(out) / ".out.partial-abc").mkdir()
+    (state_folder(out) / ".out.partial-abc" / "model.safetensors").write_bytes(b"x")
+    (state_folder(out) / "heal-run.json.partial").write_bytes(b"x")
+    (state_folder(out) / "step-000000002.safetensors").write_bytes(b"torn")
+    with HealState.resume(out):
+        assert len(kept(out)) == 4
+
+
 def test_two_processes(out):
     with HealState.begin(out, RUN) as state:
         state.save(snapshot(1), tensors(1))

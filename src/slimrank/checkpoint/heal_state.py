@@ -29,7 +29,12 @@ from slimrank.checkpoint.durable import (
 )
 from slimrank.checkpoint.manifest import require_same
 from slimrank.checkpoint.profile import write_tensors
-from slimrank.checkpoint.unfinished import new_state_folder, remove_state_folder, state_folder
+from slimrank.checkpoint.unfinished import (
+    new_state_folder,
+    remove_passing_folders,
+    remove_state_folder,
+    state_folder,
+)
 from slimrank.errors import CheckpointError, NumericalError
 from slimrank.report import HealCheck
 
@@ -171,6 +176,7 @@ class HealState:
         with locked(folder, out) as lock:
             manifest = read_sealed(folder / MANIFEST, HealRun, f"delete {folder}")
             remove_passing(folder)
+            remove_passing_folders(folder)
             last = _read_last(folder)
             _remove_others(folder, last)
             return cls(folder, manifest, last, lock.pop_all())

@@ -34,8 +34,8 @@ from slimrank.checkpoint.finished import (
 )
 from slimrank.checkpoint.manifest import RunManifest, require_same
 from slimrank.checkpoint.unfinished import (
-    UNFINISHED,
     new_state_folder,
+    remove_passing_folders,
     remove_state_folder,
     state_folder,
 )
@@ -175,7 +175,7 @@ class RunState:
                 )
             manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
             remove_passing(folder)
-            _remove_passing_folders(folder)
+            remove_passing_folders(folder)
             finished = read_all_finished(folder)
             processes.wait()  # for the others to read
             processes.wait()  # until they have
@@ -368,13 +368,3 @@ class RunState:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _remove_passing_folders(folder: Path) -> None:
-    """Remove what a killed process left of folders; not an unfinished profile."""
-    try:
-        for path in folder.glob(".*"):
-            if path.is_dir() and path.suffix != UNFINISHED:
-                shutil.rmtree(path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error

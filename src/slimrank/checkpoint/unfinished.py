@@ -65,6 +65,22 @@ def _remove_if_empty(folder: Path) -> None:
         (folder / LOCK).unlink()
 
 
+def remove_passing_folders(folder: Path) -> None:
+    """Remove what a killed process left of folders; not an unfinished profile.
+
+    Raises
+    ------
+    CheckpointError
+        If the disk refuses.
+    """
+    try:
+        for path in folder.glob(".*"):
+            if path.is_dir() and path.suffix != UNFINISHED:
+                shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
+
+
 def remove_state_folder(folder: Path, manifest: str, first: Sequence[str] = ()) -> None:
     """Delete a state whose lock is held; cut off in between, what is left is told for what it is.
 
