@@ -7,8 +7,7 @@ import typer
 
 from slimrank.cli import options as opt
 from slimrank.cli.output import friendly, print_json
-from slimrank.errors import RecipeError
-from slimrank.exporting import export_dense
+from slimrank.exporting import export
 
 
 @friendly
@@ -19,15 +18,14 @@ def export_command(
         str,
         typer.Option(
             help="'dense': an ordinary checkpoint with the factors multiplied out, for conversion "
-            "to GGUF and for any other tool."
+            "to GGUF and for any other tool; 'onnx' or 'openvino': a graph of the factors, with a "
+            "cache, for onnxruntime or OpenVINO; needs slimrank[onnx] or slimrank[openvino]."
         ),
     ] = "dense",
     json: opt.Json = False,
 ) -> None:
     """Write a compressed DIR in a form that needs no slimrank, as OUT."""
-    if to != "dense":
-        raise RecipeError(f"--to is '{to}'; only 'dense' is supported")
-    report = export_dense(folder, out)
+    report = export(folder, out, to)
     if json:
         print_json(report.model_dump_json(indent=1))
         return
