@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -29,6 +29,7 @@ from slimrank.report import ExportReport, GraphFormName
 from slimrank.source import require_finite_weights
 
 
+@runtime_checkable
 class GraphForm(Protocol):
     """How graphs for one runtime are made, written and run."""
 
