@@ -14,16 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import DynamicCache
 
-from slimrank import CompressionRecipe, compress, profile
+from slimrank import CompressionRecipe, compress, load, profile
 from slimrank.calibration import packaged_text
 from slimrank.checkpoint import read_report
 from slimrank.demo import continue_text, fetch_model
 from slimrank.evaluation import perplexity
+from slimrank.exporting import export
 from slimrank.nn import cache_bytes
 from slimrank.options import CompressionOptions
 from slimrank.source import load_model, load_tokenizer, parse_source, tokenize
+from tiny.runtimes import TOKENS, torch_tokens
 
 LINEARS = {"swift-svd": 210, "svd": 84}  # seven in each of thirty blocks, and in each of twelve
 SOME_BLOCKS = r"re:.*layers\.\d*[0369]\."
@@ -210,3 +213,20 @@ def test_block_after_block_cut_off_and_resumed(tmp_path, dense, tokenizer):
     for block in report.blocks[:3]:
         assert block.held_out.relative_error <= block.unrefined_held_out.relative_error
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_graphs_go_on_alike(tmp_path, dense, tokenizer):
+    """Its first blocks, with its own head and words; the prompts are of unequal length."""
+    model = first_blocks(dense, 2)
+    compress(model, recipe("swift-svd"), tokenizer=tokenizer, out=tmp_path / "small")
+    prompts = ["The alphabet", "In 1905, the physicist Albert Einstein wrote that"]
+    words = [tokenize(tokenizer, prompt) for prompt in prompts]
+    length = max(map(len, words))
+    ids, mask = (
+        torch.stack([functional.pad(row, (length - len(row), 0)) for row in rows])
+        for rows in (words, [torch.ones_like(each) for each in words])
+    )
+    expected = torch_tokens(load(tmp_path / "small"), ids, mask, 48)
+    for form, tokens in TOKENS.items():
+        export(tmp_path / "small", tmp_path / form, form)
+        assert torch.equal(tokens(tmp_path / form, ids, mask, 48), expected)

@@ -8,6 +8,7 @@ from slimrank.errors import CheckpointError
 from slimrank.recipe import CompressionRecipe, HealRecipe
 
 Packing = Literal["rows", "remapped"]
+GraphFormName = Literal["onnx", "openvino"]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveCount = Annotated[int, Field(ge=1, lt=2**63)]
 
@@ -739,10 +740,11 @@ class ExportReport(_Frozen):
 
     Parameters
     ----------
+    form : {'dense', 'onnx', 'openvino'}
     source : str
         The folder that was exported.
     linears : int
-        How many were multiplied out.
+        How many were multiplied out, or are factors in the graph.
     weight_bytes_before, weight_bytes : int
         Of the weight files.
     logits_apart : float
@@ -750,6 +752,7 @@ class ExportReport(_Frozen):
         a few tokens.
     """
 
+    form: Literal["dense"] | GraphFormName = "dense"
     source: str
     linears: Count
     weight_bytes_before: Count
@@ -765,8 +768,9 @@ class ExportReport(_Frozen):
         ...     weight_bytes=2_000_000, logits_apart=1e-6).line()
         '7 linears multiplied out: 1.1 -> 2.0 MB on disk; logits are within 1.0e-06 of the largest'
         """
+        done = "multiplied out" if self.form == "dense" else "in the graph as they are stored"
         return (
-            f"{self.linears} linears multiplied out: {self.weight_bytes_before / 1e6:.1f} -> "
+            f"{self.linears} linears {done}: {self.weight_bytes_before / 1e6:.1f} -> "
             f"{self.weight_bytes / 1e6:.1f} MB on disk; logits are within {self.logits_apart:.1e} "
             "of the largest"
         )

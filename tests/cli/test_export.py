@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from slimrank import compress
 from slimrank.checkpoint import has_remote_code, weight_file_bytes
 from slimrank.cli import app
 
@@ -37,11 +38,27 @@ def test_a_copy_with_the_modelling_file(compressed_folder, tmp_path):
     assert json.loads(done.stdout)["file"] == "modeling_low_rank.py"
 
 
+def test_a_graph_is_written_and_nothing_else_is_printed(
+    make_folder, make_recipe, windows, tmp_path
+):
+    small, out = tmp_path / "small", tmp_path / "out"
+    compress(make_folder("llama", num_hidden_layers=1), make_recipe(), out=small, windows=windows)
+    done = runner.invoke(app, ["export", str(small), str(out), "--to", "onnx", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["form"] == "onnx"
+    assert done.stderr == ""
+    assert (out / "model.onnx").is_file()
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("dense_folder", [], "not compressed by slimrank"),
-        ("compressed_folder", ["--to", "gguf"], "--to is 'gguf'; it is one of dense, remote-code"),
+        (
+            "compressed_folder",
+            ["--to", "gguf"],
+            "--to is 'gguf'; it is one of dense, onnx, openvino, remote-code",
+        ),
     ],
 )
 def test_errors_are_one_line(source, options, message, request, tmp_path):

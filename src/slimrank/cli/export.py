@@ -1,6 +1,5 @@
 """``slimrank export``."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,15 +7,7 @@ import typer
 
 from slimrank.cli import options as opt
 from slimrank.cli.output import friendly, print_json
-from slimrank.errors import RecipeError
-from slimrank.exporting import export_dense
-from slimrank.exporting_code import export_remote_code
-from slimrank.report import ExportReport, RemoteCodeReport
-
-WAYS: dict[str, Callable[[Path, Path], ExportReport | RemoteCodeReport]] = {
-    "dense": export_dense,
-    "remote-code": export_remote_code,
-}
+from slimrank.exporting import export
 
 
 @friendly
@@ -27,16 +18,16 @@ def export_command(
         str,
         typer.Option(
             help="'dense': an ordinary checkpoint with the factors multiplied out, for conversion "
-            "to GGUF and for any other tool. 'remote-code': a copy with a small modelling file, "
-            "which transformers runs with trust_remote_code."
+            "to GGUF and for any other tool; 'onnx' or 'openvino': a graph of the factors, with a "
+            "cache, for onnxruntime or OpenVINO; needs slimrank[onnx] or slimrank[openvino]; "
+            "'remote-code': a copy with a small modelling file, which transformers runs with "
+            "trust_remote_code."
         ),
     ] = "dense",
     json: opt.Json = False,
 ) -> None:
     """Write a compressed DIR in a form that needs no slimrank, as OUT."""
-    if to not in WAYS:
-        raise RecipeError(f"--to is '{to}'; it is one of {', '.join(WAYS)}")
-    report = WAYS[to](folder, out)
+    report = export(folder, out, to)
     if json:
         print_json(report.model_dump_json(indent=1))
         return

@@ -5,8 +5,7 @@ import pytest
 from slimrank import compress, load, quantize
 from slimrank.checkpoint import has_remote_code, read_folder
 from slimrank.errors import CheckpointError, ModelError
-from slimrank.exporting import export_dense
-from slimrank.exporting_code import export_remote_code
+from slimrank.exporting import export_dense, export_remote_code
 from tiny.folders import edit_weights
 
 CHANGED = {"README.md", "config.json", "modeling_low_rank.py"}
