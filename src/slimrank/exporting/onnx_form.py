@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimrank.checkpoint import told_as
 from slimrank.errors import CheckpointError
 from slimrank.exporting.probe import Step
 from slimrank.exporting.traced_call import TracedCall
@@ -25,8 +26,8 @@ class OnnxForm:
     """Graphs for onnxruntime: the cache goes in and comes out.
 
     Inputs are ``input_ids``, ``attention_mask``, ``position_ids`` and ``past_key_values.N.key`` and
-    ``.value``; outputs ``logits``, ``present.N.key`` and ``.value``. Arithmetic is in float32.
-    Weights of 16 bits are stored as they are, since onnxruntime multiplies few of them on CPUs.
+    ``.value``; outputs ``logits``, ``present.N.key`` and ``.value``. Arithmetic is in float32,
+    since onnxruntime multiplies few numbers of 16 bits on CPUs; weights of 16 bits are stored so.
     """
 
     name: GraphFormName = "onnx"
@@ -60,10 +61,11 @@ class OnnxForm:
         import onnx_ir
 
         onnx_ir.save(graph, folder / GRAPH, external_data=WEIGHTS)
-        again = onnx_ir.load(folder / GRAPH).graph.initializers
-        for name, value in graph.graph.initializers.items():
-            if again[name].const_value.tobytes() != value.const_value.tobytes():
-                raise CheckpointError(f"{name} does not read back as it was written")
+        with told_as(CheckpointError, f"{WEIGHTS} does not read back"):
+            again = onnx_ir.load(folder / GRAPH).graph.initializers
+            for name, value in graph.graph.initializers.items():
+                if again[name].const_value.tobytes() != value.const_value.tobytes():
+                    raise CheckpointError(f"{name} does not read back as it was written")
         return folder / WEIGHTS
 
     def run(self, folder: Path) -> Step:

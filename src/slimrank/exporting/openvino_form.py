@@ -24,8 +24,8 @@ class OpenVINOForm:
     """Graphs for OpenVINO: the cache is state of a request.
 
     Inputs are ``input_ids``, ``attention_mask``, ``position_ids`` and ``beam_idx``; the output is
-    ``logits``. Weights of 16 bits are stored as they are. The graph asks for arithmetic in the
-    dtype of the model, and for a cache in it.
+    ``logits``. Weights of 16 bits are stored as they are; what is computed in is up to who loads
+    the graph.
     """
 
     name: GraphFormName = "openvino"
