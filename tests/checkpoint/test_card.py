@@ -55,7 +55,7 @@ def test_it_names_each_engine(card):
 def test_it_says_where_it_was_made(report, card):
     environment = report.environment
     assert f"torch {environment['torch']}, transformers {environment['transformers']}" in card
-    assert f"on {environment['device']} in {environment['dtype']}" in card
+    assert f"On {environment['device']} in {environment['dtype']}" in card
 
 
 def test_nothing_is_left_to_be_filled_in(card):
