@@ -5,7 +5,8 @@
 Random square linears. Decode is one token, through a row of layers that together outgrow the
 caches, as the weights of a model do; prefill is many tokens through a few. The layouts take turns
 at every layer; medians over all calls and their ratios are quoted. On a GPU a row of layers is one
-CUDA graph, as serving engines have it, and the layouts take turns at every row. With a model, it
+CUDA graph, as serving engines have it, or with --compiled one graph of torch.compile, and the
+layouts take turns at every row. With a model, it
 also decodes with all of its linears in each layout, of random factors.
 """
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--working-set", type=int, default=256, help="MiB of dense weights")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="a row of layers is one graph")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,6 +79,8 @@ def case(
         part = {name: layers[:few] for name, layers in rows.items()}
         inputs = torch.randn(1, tokens, width, generator=draw).to(options.device, kind)
         clock = timed if options.device == "cpu" else timed_graphs
+        if options.compiled:
+            clock = timed_compiled
         medians = clock(part, inputs, options.rounds)
         found[phase] = {
             "microseconds": medians,
@@ -162,6 +166,25 @@ def timed(rows: dict[str, list[nn.Module]], inputs: torch.Tensor, rounds: int) -
                 each(inputs)
                 if number:
                     times[name].append(1e6 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@torch.inference_mode()
+def timed_compiled(
+    rows: dict[str, list[nn.Module]], inputs: torch.Tensor, rounds: int
+) -> dict[str, float]:
+    """Median microseconds of a layer in a compiled graph of all of its row."""
+    for layers in rows.values():
+        for each in layers:
+            each(inputs)  # row numbers are known before they are compiled
+    graphs = {name: torch.compile(nn.Sequential(*layers)) for name, layers in rows.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for number in range(rounds + 3):
+        for name, graph in graphs.items():
+            start = time.perf_counter()
+            graph(inputs)
+            if number >= 3:
+                times[name].append(1e6 * (time.perf_counter() - start) / len(rows[name]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
