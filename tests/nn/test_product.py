@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from slimrank.nn import LowRankLinear, product
-from slimrank.nn.product import FEW_TOKENS, apply_weight, are_columns, is_free
+from slimrank.nn.product import FEW_TOKENS, apply_codes, apply_weight, are_columns, is_free
 from slimrank.nn.row_placement import expand_into_rows
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -134,3 +134,79 @@ def test_what_is_no_number_stays_in_its_token(tokens):
         found = expand_into_rows(latents, layer.expand, layer.row_numbers())
     assert found[0, 0].isnan().all()
     assert found[0, 1:].isfinite().all()
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    batch=st.lists(st.integers(0, 5), max_size=2),
+    width=st.one_of(st.integers(1, 40), st.sampled_from([16, 32, 48])),
+    outputs=st.integers(0, 30),
+    seed=st.integers(0, 2**16),
+)
+def test_codes_and_scales_give_the_product(dtype, batch, width, outputs, seed):
+    inputs = normal(seed, *batch, width).to(dtype)
+    codes = (50 * normal(seed + 1, outputs, width)).clamp(-127, 127).to(torch.int8)
+    scale = normal(seed + 2, outputs).abs().to(dtype) / 50
+    matrix = codes.double() * scale.double()[:, None]
+    with torch.no_grad():
+        found = apply_codes(inputs, codes, scale)
+    assert found.shape == (*batch, outputs)
+    assert found.dtype == dtype
+    bound = inputs.double().abs() @ matrix.abs().mT
+    error = (found.double() - inputs.double() @ matrix.mT).abs()
+    assert (error <= EPSILON[dtype] * (width + 2) * bound).all()
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in product.CPUS,
+    reason="this CPU has no kernel for codes",
+)
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_few_tokens_of_bfloat16_read_codes_as_they_are(is_compiled):
+    codes = torch.ones(4, 16, dtype=torch.int8)
+    scale = torch.ones(4, dtype=torch.bfloat16)
+    compiled = torch.compile(apply_codes, dynamic=True, backend="eager", fullgraph=True)
+    half, whole = torch.bfloat16, torch.float32
+    for tokens, dtype, few in [(1, half, True), (9, half, False), (1, whole, False)]:
+        inputs = torch.ones(tokens, 16, dtype=dtype)
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            (compiled if is_compiled else apply_codes)(inputs, codes, scale.to(dtype))
+        names = {event.key for event in profile.key_averages()}
+        assert ("aten::_weight_int8pack_mm" in names) == few
+
+
+def test_gradients_go_through_codes():
+    inputs = torch.ones(1, 16, dtype=torch.bfloat16, requires_grad=True)
+    codes, scale = torch.ones(4, 16, dtype=torch.int8), torch.ones(4, dtype=torch.bfloat16)
+    apply_codes(inputs, codes, scale).sum().backward()
+    assert inputs.grad.tolist() == [[4.0] * 16]
+
+
+def test_columns_stay_columns_between_products():
+    inputs, weight = torch.ones(1, 3, 6), torch.ones(4, 6)
+    with torch.no_grad():
+        found = apply_weight(inputs, weight, is_between=True)
+        assert found.shape == (1, 3, 4)
+        assert found.stride() == (3, 1, 3)
+        assert apply_weight(found, weight[:, :4]).is_contiguous()
+
+
+@pytest.mark.parametrize("codes_at", [0, 1, 8, 16])
+@pytest.mark.parametrize("inputs_at", [0, 1, 8, 16])
+def test_codes_and_inputs_may_begin_anywhere(codes_at, inputs_at):
+    # the kernel ends the process where they do not begin at multiples of what it reads at once
+    codes = torch.zeros(4 * 32 + 64, dtype=torch.int8)[codes_at : codes_at + 4 * 32].view(4, 32)
+    codes.copy_(torch.arange(-64, 64).view(4, 32))
+    inputs = torch.zeros(2 * 32 + 64, dtype=torch.bfloat16)[inputs_at : inputs_at + 64].view(2, 32)
+    inputs.fill_(1)
+    with torch.no_grad():
+        found = apply_codes(inputs, codes, torch.ones(4, dtype=torch.bfloat16))
+    assert torch.equal(found.double(), codes.double().sum(1).expand(2, 4).bfloat16().double())
+
+
+def test_codes_work_inside_vmap():
+    codes, scale = torch.ones(4, 16, dtype=torch.int8), torch.ones(4, dtype=torch.bfloat16)
+    inputs = torch.ones(3, 2, 16, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = torch.vmap(lambda rows: apply_codes(rows, codes, scale))(inputs)
+    assert torch.equal(found, torch.full((3, 2, 4), 16, dtype=torch.bfloat16))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 CHOICES: list[str] = []
 STACKED = (
@@ -76,7 +77,7 @@ class UnquantizedLinearMethod(LinearMethodBase):
     def create_weights(self, layer: Any, *_: Any, **__: Any) -> None: ...
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        raise NotImplementedError
+        return functional.linear(x, layer.weight, bias)
 
 
 class LinearBase(nn.Module):

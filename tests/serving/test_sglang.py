@@ -171,8 +171,6 @@ def test_one_matrix_that_is_several_there_is_refused(plugin):
 @pytest.mark.parametrize(
     ("values", "what"),
     [
-        ({"linears": {"fc": {"rank": 2, "bits": 8}}}, "factors in eight bits"),
-        ({"linears": {}, "rounded": {"fc": {"bits": 8}}}, "factors in eight bits"),
         (
             {"linears": {}, "splits": {"fc": {"keys": [[0, 1]], "values": [[1, 2]]}}},
             "projections taken apart",

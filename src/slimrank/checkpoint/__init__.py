@@ -1,7 +1,12 @@
 """The folder on disk: what a loader needs, and how it is written, checked and read."""
 
 from slimrank.checkpoint.card import model_card
-from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
+from slimrank.checkpoint.config import (
+    QUANT_METHOD,
+    LowRankConfig,
+    LowRankLinearConfig,
+    RoundedLinearConfig,
+)
 from slimrank.checkpoint.contents import FolderContents, read_folder
 from slimrank.checkpoint.derived import write_derived
 from slimrank.checkpoint.finished import FinishedBlock
@@ -88,6 +93,7 @@ __all__ = [
     "Profile",
     "ProfileManifest",
     "ProfiledLinear",
+    "RoundedLinearConfig",
     "RunManifest",
     "RunState",
     "add_remote_code",

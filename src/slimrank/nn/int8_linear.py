@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from slimrank.errors import CheckpointError
 from slimrank.linalg import Factors, RoundedRows, even_columns, round_rows
 from slimrank.nn.low_rank_linear import LowRankLinear
+from slimrank.nn.product import apply_codes
 
 
 class Int8Factor(nn.Module):
@@ -67,7 +67,7 @@ class Int8Factor(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        return _product(inputs, self.codes, self.scale)
+        return apply_codes(inputs, self.codes, self.scale)
 
     def extra_repr(self) -> str:
         """Show the sides."""
@@ -150,7 +150,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        outputs = _product(inputs, self.codes, self.scale)
+        outputs = apply_codes(inputs, self.codes, self.scale)
         return outputs if self.bias is None else outputs + self.bias
 
     def extra_repr(self) -> str:
@@ -232,14 +232,6 @@ def _check_stored(state_dict: Mapping[str, Any], prefix: str) -> None:
         raise CheckpointError(f"codes of {name} are {codes.dtype}, not torch.int8")
     if scale is not None and not scale.is_meta:
         check_scale(scale, name)
-
-
-def _product(inputs: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes are exact in every float dtype, so the scale may come after the product."""
-    weight = codes.to(inputs.dtype)
-    if inputs.dtype == torch.float16:  # where sums of codes would overflow
-        return F.linear(inputs, weight * scale[:, None])
-    return F.linear(inputs, weight) * scale
 
 
 def _register_codes(

@@ -192,7 +192,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``."""
-        latents = call_linear(self.latent, inputs)
+        latents = call_linear(self.latent, inputs, is_between=True)
         if self.on_latent is not None:
             self.on_latent(latents)
         return self.expand_latents(latents)

@@ -41,8 +41,13 @@ def bare_weight(linear: nn.Module) -> Tensor | None:
     return None if has_more else weight
 
 
-def call_linear(linear: nn.Module, inputs: Tensor) -> Tensor:
-    """What ``linear(inputs)`` gives, without the way through the module where it can be spared."""
+def call_linear(linear: nn.Module, inputs: Tensor, is_between: bool = False) -> Tensor:
+    """What ``linear(inputs)`` gives, without the way through the module where it can be spared.
+
+    `is_between` is that of `slimrank.nn.product.apply_weight`.
+    """
     weight = bare_weight(linear)
-    outputs: Tensor = linear(inputs) if weight is None else apply_weight(inputs, weight)
+    if weight is not None:
+        return apply_weight(inputs, weight, is_between)
+    outputs: Tensor = linear(inputs)
     return outputs

@@ -214,8 +214,9 @@ def _by_columns(latents: Tensor, weight: Tensor, rows: Rows) -> Tensor:
 
 
 def _take_all_rows(latents: Tensor, weight: Tensor) -> bool:
+    """Whether making the matrix, of as many columns as latents, costs less than moving tokens."""
     others, rank = weight.shape
-    is_many = latents.numel() >= _MANY_TOKENS * rank
+    is_many = latents.numel() >= max(_MANY_TOKENS, rank) * rank
     return is_many and weight.dtype in HALVES and 3 * rank <= others and is_free(latents, weight)
 
 

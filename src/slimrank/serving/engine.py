@@ -6,11 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimrank.checkpoint import QUANT_METHOD, LowRankConfig, LowRankLinearConfig
+from slimrank.checkpoint import (
+    QUANT_METHOD,
+    LowRankConfig,
+    LowRankLinearConfig,
+    RoundedLinearConfig,
+)
 from slimrank.errors import CheckpointError
-from slimrank.serving.fused import KINDS, FusedLinear, Member
+from slimrank.serving.fused import FusedLinear
+from slimrank.serving.member import KINDS, Member
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
+Entry = LowRankLinearConfig | RoundedLinearConfig
 
 
 class ServedFolder:
@@ -24,8 +31,8 @@ class ServedFolder:
     ----------
     engine : str
         Its name, for errors.
-    linears : dict of str to LowRankLinearConfig
-        Those with factors, by full name.
+    linears : dict of str to LowRankLinearConfig or RoundedLinearConfig
+        Those with factors and those in eight bits, by full name.
     packed_modules_mapping : dict of str to list of str
         What the engine fuses: the last part of its name, and of those in the checkpoint.
 
@@ -40,12 +47,12 @@ class ServedFolder:
 
     def __init__(self, config: LowRankConfig) -> None:
         super().__init__()
-        rounded = bool(config.int8_linears) or any(x.remapped for x in config.linears.values())
-        strange = {"factors in eight bits": rounded, "projections taken apart": config.splits}
+        packed = any(entry.remapped for entry in config.linears.values())
+        strange = {"packed factors": packed, "projections taken apart": config.splits}
         for what, is_there in strange.items():
             if is_there:
                 raise CheckpointError(f"{self.engine} cannot serve this folder: it has {what}")
-        self.linears: dict[str, LowRankLinearConfig] = dict(config.linears)
+        self.linears: dict[str, Entry] = {**config.linears, **config.rounded}
 
     def get_name(self) -> str:
         """Give its name in ``config.json``."""
@@ -65,8 +72,8 @@ class ServedFolder:
         """All stands in ``config.json``."""
         return []
 
-    def factors_of(self, prefix: str) -> tuple[list[str], list[LowRankLinearConfig | None]] | None:
-        """Linears of the checkpoint that are one to the engine, if any of them has factors.
+    def factors_of(self, prefix: str) -> tuple[list[str], list[Entry | None]] | None:
+        """Linears of the checkpoint that are one to the engine, if any of them is not as it was.
 
         Parameters
         ----------
@@ -76,7 +83,7 @@ class ServedFolder:
         Returns
         -------
         tuple of (names, entries), or None
-            An entry is None if that linear is dense.
+            An entry is None if that linear is dense and in floats.
         """
         parent, _, leaf = prefix.rpartition(".")
         is_one = prefix in self.linears
@@ -94,8 +101,10 @@ class ServedLinear:
     ----------
     names : list of str
         Linears of the checkpoint that are one here.
-    entries : list of LowRankLinearConfig or None
-        None of one that is dense.
+    entries : list of LowRankLinearConfig, RoundedLinearConfig or None
+        None of one that is dense and in floats.
+    dense : object
+        The engine's own method for linears in floats, by which factors are multiplied.
 
     Attributes
     ----------
@@ -105,8 +114,8 @@ class ServedLinear:
 
     engine: str
 
-    def __init__(self, names: list[str], entries: list[LowRankLinearConfig | None]) -> None:
-        self.names, self.entries = names, entries
+    def __init__(self, names: list[str], entries: list[Entry | None], dense: Any) -> None:
+        self.names, self.entries, self.dense = names, entries, dense
 
     def rows_of(self, layer: Any, number: int) -> tuple[int, int]:
         """Which part of a linear's outputs is computed here, and of how many."""
@@ -145,14 +154,16 @@ class ServedLinear:
         members = []
         for number, size in enumerate(output_partition_sizes):
             (part, parts), entry = self.rows_of(layer, number), self.entries[number]
+            low_rank = entry if isinstance(entry, LowRankLinearConfig) else None
             members.append(
                 Member(
                     self.names[number],
                     (size * parts, input_size),
                     range(part * size, (part + 1) * size),
                     columns,
-                    None if entry is None else entry.rank,
-                    entry is not None and entry.pivoted,
+                    None if low_rank is None else low_rank.rank,
+                    low_rank is not None and low_rank.pivoted,
+                    entry is not None and entry.bits is not None,
                 )
             )
         _add_parameters(layer, FusedLinear(members), params_dtype)
@@ -166,8 +177,9 @@ class ServedLinear:
             If a tensor is missing.
         """
         if layer.computed is None:
-            layer.computed = layer.fused.finished(layer.weight.device, layer.dtype_of_weights)
-            del layer.latent, layer.expand, layer.pivots
+            make = partial(EngineLinear, self.dense)
+            layer.computed = layer.fused.finished(layer.weight.device, layer.dtype_of_weights, make)
+            del layer.latent, layer.expand, layer.pivots, layer.codes, layer.scale
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute outputs; those of a layer whose inputs are sharded are summed by the engine."""
@@ -177,18 +189,42 @@ class ServedLinear:
         return outputs if bias is None else outputs + bias
 
 
+class EngineLinear(nn.Module):
+    """One product by the engine's method for dense linears: its kernels, laid out as they want it.
+
+    Parameters
+    ----------
+    method : object
+        It is told that `weight` is loaded, and may put anything in its place.
+    weight : Tensor of shape (out, in)
+    """
+
+    bias: None = None
+
+    def __init__(self, method: Any, weight: Tensor) -> None:
+        super().__init__()
+        self.method = method
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        method.process_weights_after_loading(self)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map ``(..., in)`` to ``(..., out)``."""
+        outputs: Tensor = self.method.apply(self, inputs)
+        return outputs
+
+
 def _add_parameters(layer: Any, fused: FusedLinear, dtype_of_weights: torch.dtype) -> None:
     """Register empty parameters that hand on what is loaded into them."""
     layer.fused, layer.computed, layer.dtype_of_weights = fused, None, dtype_of_weights
+    layer.latent, layer.expand = nn.Module(), nn.Module()
+    dtypes = {"pivots": torch.int32, "codes": torch.int8}
     for kind in KINDS:
-        dtype = torch.int32 if kind == "pivots" else dtype_of_weights
-        parameter: Any = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        part, _, name = kind.rpartition(".")
+        parameter: Any = nn.Parameter(
+            torch.empty(0, dtype=dtypes.get(name, dtype_of_weights)), requires_grad=False
+        )
         parameter.weight_loader = partial(_load, fused, kind)
-        owner, name = layer, kind
-        if kind in ("latent", "expand"):
-            owner, name = nn.Module(), "weight"
-            layer.add_module(kind, owner)
-        owner.register_parameter(name, parameter)
+        layer.get_submodule(part).register_parameter(name, parameter)
 
 
 def _load(

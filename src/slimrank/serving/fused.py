@@ -4,62 +4,20 @@ An engine shards and loads; this knows which tensors the checkpoint has, which p
 process needs, and how outputs come from inputs. It imports no engine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from slimrank.errors import CheckpointError
 from slimrank.linalg import other_rows
-from slimrank.nn import check_pivots
+from slimrank.nn import Int8Factor, check_pivots, check_scale
+from slimrank.serving.finished import BareLinear, FinishedLinear, Placing
+from slimrank.serving.member import EXPANSIONS, Member
 
-KINDS = ("weight", "latent", "expand", "pivots")
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One linear of the checkpoint, and the part of it that one process computes.
-
-    Parameters
-    ----------
-    name : str
-        Full name in the checkpoint.
-    shape : tuple of int
-        Outputs and inputs of all of it.
-    rows, columns : range
-        Outputs that are made here, and inputs that arrive here.
-    rank : int or None
-        None of one that is dense.
-    pivoted : bool
-        The layout.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rows: range
-    columns: range
-    rank: int | None = None
-    pivoted: bool = False
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of its tensors in the checkpoint, by kind.
-
-        Examples
-        --------
-        >>> whole = range(6), range(8)
-        >>> Member("fc", (6, 8), *whole).shapes()
-        {'weight': (6, 8)}
-        >>> Member("fc", (6, 8), *whole, rank=2, pivoted=True).shapes()
-        {'weight': (0,), 'latent': (2, 8), 'expand': (4, 2), 'pivots': (2,)}
-        """
-        if self.rank is None:
-            return {"weight": self.shape}
-        rows = self.shape[0] - self.rank if self.pivoted else self.shape[0]
-        found: dict[str, tuple[int, ...]] = {"weight": (0,)}
-        found |= {"latent": (self.rank, self.shape[1]), "expand": (rows, self.rank)}
-        return found | ({"pivots": (self.rank,)} if self.pivoted else {})
+MakeLinear = Callable[[Tensor], nn.Module]
+Columns = list[tuple[int, int] | None]
 
 
 @dataclass(slots=True)
@@ -74,10 +32,10 @@ class FusedLinear:
     --------
     >>> linear = FusedLinear([Member("fc", (2, 3), range(2), range(3), rank=1)])
     >>> linear.load(0, "weight", torch.empty(0))
-    >>> linear.load(0, "latent", torch.ones(1, 3))
+    >>> linear.load(0, "latent.weight", torch.ones(1, 3))
     >>> linear.missing()
     ['fc.expand.weight']
-    >>> linear.load(0, "expand", torch.tensor([[1.0], [2.0]]))
+    >>> linear.load(0, "expand.weight", torch.tensor([[1.0], [2.0]]))
     >>> linear.finished("cpu", torch.float32)(torch.ones(3))
     tensor([3., 6.])
     """
@@ -92,53 +50,64 @@ class FusedLinear:
         ----------
         number : int
             Of the member.
-        kind : {'weight', 'latent', 'expand', 'pivots'}
+        kind : str
+            The last part of the tensor's name: a key of `Member.shapes`.
         tensor : Tensor
             All of it, as it is stored.
 
         Raises
         ------
         CheckpointError
-            If there is to be no such tensor, or one of another shape; or if it was there before.
+            If there is to be no such tensor, or one of another shape or that no layer could have;
+            or if it was there before.
         """
         member = self.members[number]
-        name, wanted = _stored_name(member, kind), member.shapes().get(kind)
+        name, wanted = f"{member.name}.{kind}", member.shapes().get(kind)
         if wanted is None:
-            what = "dense" if member.rank is None else f"of rank {member.rank}"
-            raise CheckpointError(f"{name} is in the files, but {member.name} is {what}")
+            raise CheckpointError(f"{name} is in the files, but {member.name} is {_told(member)}")
         if tuple(tensor.shape) != wanted:
             raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, not {wanted}")
         if (number, kind) in self.loaded:
             raise CheckpointError(f"{name} is there twice")
-        if kind == "pivots":
-            check_pivots(tensor, member.shape[0], member.name)
-        part = _own_part(member, kind, tensor)
+        _check_values(member, kind, tensor)
+        part = member.own_part(kind, tensor)
         self.loaded[number, kind] = part.clone() if part.numel() < tensor.numel() else part
-        if kind in ("expand", "pivots"):
-            self._cut_expansion(number)
+        if member.pivoted and len(member.rows) < member.shape[0]:
+            self._cut_expansion(number, EXPANSIONS if kind == "pivots" else (kind,))
 
-    def _cut_expansion(self, number: int) -> None:
+    def _cut_expansion(self, number: int, kinds: Sequence[str]) -> None:
         """Of a pivoted member: which rows are needed shows when pivots and rows are there."""
-        member, keys = self.members[number], [(number, "expand"), (number, "pivots")]
-        if not member.pivoted or len(member.rows) == member.shape[0]:
+        member, pivots = self.members[number], self.loaded.get((number, "pivots"))
+        if pivots is None:
             return
-        if all(key in self.loaded for key in keys):
-            rest, pivots = (self.loaded[key] for key in keys)
-            others = other_rows(pivots, member.shape[0])
-            here = (others >= member.rows.start) & (others < member.rows.stop)
-            self.loaded[number, "expand"] = rest[here.to(rest.device)]
+        others = other_rows(pivots, member.shape[0])
+        here = (others >= member.rows.start) & (others < member.rows.stop)
+        for kind in kinds:
+            if kind in EXPANSIONS and (number, kind) in self.loaded:
+                rest = self.loaded[number, kind]
+                self.loaded[number, kind] = rest[here.to(rest.device)]
 
     def missing(self) -> list[str]:
         """Names of tensors that were not loaded."""
         return [
-            _stored_name(member, kind)
+            f"{member.name}.{kind}"
             for number, member in enumerate(self.members)
             for kind in member.shapes()
             if (number, kind) not in self.loaded
         ]
 
-    def finished(self, device: torch.device | str, dtype: torch.dtype) -> "FinishedLinear":
+    def finished(
+        self, device: torch.device | str, dtype: torch.dtype, make: MakeLinear = BareLinear
+    ) -> FinishedLinear:
         """What computes; nothing that was loaded is kept here.
+
+        Parameters
+        ----------
+        device, dtype
+            Of the matrices; of codes, the dtype is that of their scales.
+        make : callable
+            What multiplies by a weight: an engine has kernels, and an order of the numbers, of its
+            own.
 
         Raises
         ------
@@ -150,98 +119,82 @@ class FusedLinear:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} tensors of a linear, such as {missing[0]}"
             )
-        low = [number for number, member in enumerate(self.members) if member.rank is not None]
-        latents = [self.loaded[number, "latent"].to(device, dtype) for number in low]
-        matrices = [
-            self.loaded[number, "weight" if member.rank is None else "expand"].to(device, dtype)
-            for number, member in enumerate(self.members)
+        low = [n for n, member in enumerate(self.members) if member.rank is not None]
+        kinds = [[n for n in low if self.members[n].coded == coded] for coded in (False, True)]
+        columns = self._latent_columns(kinds)
+        placing = self._placing(columns, device)
+        latents = [self._matrix(same, "latent.", device, dtype, make) for same in kinds if same]
+        expansions = [
+            self._matrix([n], "" if member.rank is None else "expand.", device, dtype, make)
+            for n, member in enumerate(self.members)
         ]
-        order = self._order()
-        found = FinishedLinear(
-            latent=torch.cat(latents) if latents else None,
-            matrices=matrices,
-            ranks=[member.rank for member in self.members],
-            order=None if order is None else order.to(device),
-        )
         self.loaded.clear()
-        return found
+        return FinishedLinear(latents, expansions, columns, placing)
 
-    def _order(self) -> Tensor | None:
-        """Where each output stands in all latents, followed by what each matrix gives."""
+    def _matrix(
+        self,
+        numbers: Sequence[int],
+        prefix: str,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        make: MakeLinear,
+    ) -> nn.Module:
+        """Matrices of some members, one above the other."""
+
+        def together(kind: str) -> Tensor:
+            parts = [self.loaded[number, prefix + kind].to(device) for number in numbers]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+        if not self.members[numbers[0]].coded:
+            weight = together("weight").to(dtype)
+            return make(weight) if len(weight) else BareLinear(weight)
+        codes = together("codes").contiguous()
+        factor = Int8Factor(codes.shape[1], codes.shape[0], "meta")
+        factor.codes, factor.scale = codes, together("scale").to(dtype)
+        return factor
+
+    def _latent_columns(self, kinds: Sequence[Sequence[int]]) -> Columns:
+        """Where the latents of each member are: what is of one kind comes from one product."""
+        found: dict[int, tuple[int, int]] = {}
+        start = 0
+        for number in (number for same in kinds for number in same):
+            end = start + (self.members[number].rank or 0)
+            found[number], start = (start, end), end
+        return [found.get(number) for number in range(len(self.members))]
+
+    def _placing(self, columns: Columns, device: torch.device | str) -> Placing | None:
+        """Which latents are outputs here, in which rows, and where all other outputs stand."""
         if not any(member.pivoted for member in self.members):
             return None
-        place, latents = sum(member.rank or 0 for member in self.members), 0
-        found: list[Tensor] = []
-        for number, member in enumerate(self.members):
-            rows = torch.arange(member.rows.start, member.rows.stop)
-            places = torch.full((member.shape[0],), -1)
-            if member.pivoted:
-                pivots = self.loaded[number, "pivots"].long().cpu()
-                places[pivots] = latents + torch.arange(len(pivots))
-            others = rows[places[rows] < 0]
-            places[others] = place + torch.arange(len(others))
-            found.append(places[rows])
-            place, latents = place + len(others), latents + (member.rank or 0)
-        return torch.cat(found)
+        start, latents, rows, others = 0, [], [], []
+        for number, (member, at) in enumerate(zip(self.members, columns, strict=True)):
+            here = torch.arange(len(member.rows))
+            if member.pivoted and at is not None:
+                pivots = self.loaded[number, "pivots"].long().cpu() - member.rows.start
+                is_here = (pivots >= 0) & (pivots < len(member.rows))
+                latents.append(is_here.nonzero().view(-1) + at[0])
+                rows.append(pivots[is_here] + start)
+                here = here[~torch.isin(here, pivots)]
+            others.append(here + start)
+            start += len(member.rows)
+        chosen = torch.cat(latents)
+        is_all = torch.equal(chosen, torch.arange(sum(member.rank or 0 for member in self.members)))
+        return Placing(
+            None if is_all else chosen.to(device),
+            torch.cat(rows).to(device),
+            torch.cat(others).to(device),
+        )
 
 
-class FinishedLinear(nn.Module):
-    """Outputs of all members, side by side.
-
-    Parameters
-    ----------
-    latent : Tensor of shape (sum of ranks, in) or None
-        First factors, one above the other; None if all members are dense.
-    matrices : sequence of Tensor
-        For each member the second factor, of shape (rows, rank), or the dense weight.
-    ranks : sequence of int or None
-    order : Tensor of shape (out,), int64, or None
-        Where outputs stand among latents and what the matrices give; None if no member is pivoted.
-    """
-
-    order: Tensor | None
-
-    def __init__(
-        self,
-        latent: Tensor | None,
-        matrices: Sequence[Tensor],
-        ranks: Sequence[int | None],
-        order: Tensor | None,
-    ) -> None:
-        super().__init__()
-        self.ranks = tuple(ranks)
-        self.latent = None if latent is None else nn.Parameter(latent, requires_grad=False)
-        self.matrices = nn.ParameterList(nn.Parameter(m, requires_grad=False) for m in matrices)
-        self.register_buffer("order", order)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Map ``(..., in)`` to ``(..., out)``, without a bias."""
-        pieces, latents = [], None
-        if self.latent is not None:
-            latents = functional.linear(inputs, self.latent)
-        start = 0
-        for rank, matrix in zip(self.ranks, self.matrices, strict=True):
-            given = inputs
-            if rank is not None and latents is not None:
-                given = latents[..., start : start + rank]
-                start += rank
-            pieces.append(functional.linear(given, matrix))
-        if self.order is None:
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-        assert latents is not None
-        return torch.cat([latents, *pieces], -1).index_select(-1, self.order)
+def _told(member: Member) -> str:
+    what = "dense" if member.rank is None else f"of rank {member.rank}"
+    return f"{what}, in eight bits" if member.coded else what
 
 
-def _stored_name(member: Member, kind: str) -> str:
-    return f"{member.name}.{kind}" + (".weight" if kind in ("latent", "expand") else "")
-
-
-def _own_part(member: Member, kind: str, tensor: Tensor) -> Tensor:
-    rows, columns = (slice(x.start, x.stop) for x in (member.rows, member.columns))
-    if kind == "latent":
-        return tensor[:, columns]
-    if kind == "expand" and not member.pivoted:
-        return tensor[rows]
-    if kind == "weight" and member.rank is None:
-        return tensor[rows, columns]
-    return tensor
+def _check_values(member: Member, kind: str, tensor: Tensor) -> None:
+    if kind == "pivots":
+        check_pivots(tensor, member.shape[0], member.name)
+    elif kind.endswith("scale"):
+        check_scale(tensor, f"{member.name}.{kind}".removesuffix(".scale"))
+    elif kind.endswith("codes") and tensor.dtype != torch.int8:
+        raise CheckpointError(f"{member.name}.{kind} are {tensor.dtype}, not torch.int8")

@@ -46,11 +46,11 @@ class LowRankServing(ServedFolder, QuantizationConfig):  # type: ignore[misc]
         self.linears = hf_to_sglang_mapper.apply_dict(self.linears)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Give a linear with factors our method; any other linear SGLang's."""
+        """Give a linear with factors, or in eight bits, our method; any other linear SGLang's."""
         if not isinstance(layer, LinearBase):
             return None
-        found = self.factors_of(prefix)
-        return UnquantizedLinearMethod() if found is None else LowRankMethod(*found)
+        found, dense = self.factors_of(prefix), UnquantizedLinearMethod()
+        return dense if found is None else LowRankMethod(*found, dense)
 
     def get_scaled_act_names(self) -> list[str]:
         """None: activations stay what they are."""

@@ -44,11 +44,11 @@ class LowRankServing(ServedFolder, QuantizationConfig):  # type: ignore[misc]
         self.linears = hf_to_vllm_mapper.apply_dict(self.linears)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Give a linear with factors our method; any other linear vLLM's."""
+        """Give a linear with factors, or in eight bits, our method; any other linear vLLM's."""
         if not isinstance(layer, LinearBase):
             return None
-        found = self.factors_of(prefix)
-        return UnquantizedLinearMethod() if found is None else LowRankMethod(*found)
+        found, dense = self.factors_of(prefix), UnquantizedLinearMethod()
+        return dense if found is None else LowRankMethod(*found, dense)
 
 
 class LowRankMethod(ServedLinear, LinearMethodBase):  # type: ignore[misc]
