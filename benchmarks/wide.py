@@ -18,7 +18,7 @@ from layers import LAYOUTS, in_layout
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimrank import benchmark
-from slimrank.checkpoint import mark_compressed
+from slimrank.checkpoint import align_folder, mark_compressed
 
 
 def main() -> None:
@@ -78,6 +78,7 @@ def folder(
     mark_compressed(compressed)
     out = place / f"{layout}-{multiple}"
     compressed.save_pretrained(out)
+    align_folder(out)  # as `slimrank compress` does
     return out
 
 

@@ -7,6 +7,7 @@ import torch
 
 import slimrank
 from slimrank.checkpoint import weight_file_bytes
+from slimrank.checkpoint.aligned import LINE
 from slimrank.errors import BudgetError, CoverageWarning, ModelError, RecipeError
 from slimrank.report import PlanReport
 
@@ -73,10 +74,14 @@ def test_what_a_plan_tells(make_skeleton, make_recipe):
     assert PlanReport.model_validate_json(plan.model_dump_json()) == plan
 
 
-def test_keeping_all_needs_no_solve(make_skeleton, make_recipe):
+def test_keeping_all_needs_no_solve(make_skeleton, make_model, make_recipe, windows, tmp_path):
     plan = slimrank.plan(make_skeleton("llama"), make_recipe(keep=1.0))
     assert not any("solve" in phase.memory for phase in plan.needs.phases)
-    assert plan.size.weight_bytes == plan.size.weight_bytes_before
+    slimrank.compress(
+        make_model("llama"), make_recipe(keep=1.0), out=tmp_path / "out", windows=windows
+    )
+    assert plan.size.weight_bytes == weight_file_bytes(tmp_path / "out")
+    assert 0 <= plan.size.weight_bytes - plan.size.weight_bytes_before < LINE
     assert all(x.rank is None for x in plan.linears)
 
 

@@ -224,7 +224,7 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
             recipe = hold_against(opened, source, work, recipe, job.windows, tokenizer)
             job = replace(job, recipe=recipe)
         made = make(source, work, job, opened)
-        size = work.size(made.ranks, folder_bytes(loaded))
+        size = work.size(made.ranks, folder_bytes(loaded, aligned=True))
         mark_compressed(loaded, work.attentions if work.kv_cache else None)
     report = CompressionReport(
         model=name,

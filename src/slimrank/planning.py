@@ -118,7 +118,7 @@ def _plan(
     )
     factored = {name: rank for name, rank in ranks.ranks.items() if rank is not None}
     pivoted = {s.name for s in work.shapes if s.name in factored and s.is_pivoted(factored[s.name])}
-    size = work.size(ranks, folder_bytes(skeleton, factored, pivoted))
+    size = work.size(ranks, folder_bytes(skeleton, factored, pivoted, aligned=True))
     return PlanReport(
         model=name,
         method=recipe.method,

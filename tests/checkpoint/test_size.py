@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from slimrank import LowRankLinear
 from slimrank.checkpoint import (
+    align_folder,
     folder_bytes,
     read_headers,
     safetensors_bytes,
@@ -64,7 +65,10 @@ def test_a_dense_folder(family, make_model, tmp_path, dtype):
 def test_a_compressed_folder(family, make_compressed, tmp_path, dtype):
     model, report = make_compressed(family, dtype=dtype)
     model.save_pretrained(tmp_path)
-    assert folder_bytes(model) == weight_file_bytes(tmp_path) == report.size.weight_bytes
+    assert folder_bytes(model) == weight_file_bytes(tmp_path)
+    align_folder(tmp_path)
+    assert folder_bytes(model, aligned=True) == weight_file_bytes(tmp_path)
+    assert report.size.weight_bytes == weight_file_bytes(tmp_path)
 
 
 def test_ranks_on_the_meta_device(family, make_model, make_skeleton, tmp_path):

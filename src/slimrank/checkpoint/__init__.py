@@ -1,5 +1,6 @@
 """The folder on disk: what a loader needs, and how it is written, checked and read."""
 
+from slimrank.checkpoint.aligned import align_folder
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.config import (
     QUANT_METHOD,
@@ -97,6 +98,7 @@ __all__ = [
     "RunManifest",
     "RunState",
     "add_remote_code",
+    "align_folder",
     "compare_with_folder",
     "copy_other_files",
     "copy_weights",

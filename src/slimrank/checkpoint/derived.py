@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from torch import Tensor
 
+from slimrank.checkpoint.aligned import align_folder
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.contents import FolderContents, read_folder
 from slimrank.checkpoint.folder import CARD, REPORT, compare_with_folder
@@ -72,6 +73,7 @@ def write_derived(
     has_code = has_remote_code(Path(source.folder)) and why_not_by_code(model) is None
     with renamed_when_done(out, beside=passing) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        align_folder(folder)
         written = entry(weight_file_bytes(folder))
         (folder / name).write_text(written.model_dump_json(indent=1), encoding="utf-8")
         report = None

@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from slimrank.checkpoint.aligned import align_folder
 from slimrank.checkpoint.card import model_card
 from slimrank.checkpoint.loading import load
 from slimrank.checkpoint.mapped_folder import load_mapped, save_mapped
@@ -67,6 +68,7 @@ def write_folder(
             save_mapped(model, folder)
         else:
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            align_folder(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         size = report.size.model_copy(update={"weight_bytes": weight_file_bytes(folder)})

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from slimrank.checkpoint.aligned import align_file
 from slimrank.checkpoint.config import QUANT_METHOD, LowRankConfig
 from slimrank.checkpoint.foreign import told_as
 from slimrank.checkpoint.quantizer import LowRankQuantizer, check_files, swap_in
@@ -79,7 +80,7 @@ def load_mapped(folder: Path, dtype: str = "auto", device: str | torch.device | 
 
 
 def save_mapped(model: Any, folder: Path) -> None:
-    """Write a model as `save_pretrained` does, one shard in memory at a time.
+    """Write a model as `save_pretrained` does, but aligned, and one shard in memory at a time.
 
     Parameters
     ----------
@@ -96,6 +97,7 @@ def save_mapped(model: Any, folder: Path) -> None:
     )
     for file, names in shards.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+        align_file(folder / file)
         let_go(model)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES as TYPES
 from torch import Tensor, nn
 
+from slimrank.checkpoint.aligned import padding
 from slimrank.errors import CheckpointError
 
 SHARD_SIZE = "50GB"  # the default of `save_pretrained`
@@ -21,7 +22,7 @@ ORDER = ["BOOL", "U8", "I8", "I16", "U16", "F16", "BF16", "I32", "U32", "F32"]
 ORDER += ["C64", "F64", "I64", "U64"]
 
 
-def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
+def safetensors_bytes(tensors: Mapping[str, Tensor], aligned: bool = False) -> int:
     """Size of one safetensors file that holds these tensors, as `save_pretrained` writes it.
 
     Eight bytes of length, a JSON header padded to eight bytes, the tensors end to end.
@@ -30,11 +31,15 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     ----------
     tensors : mapping of str to Tensor
         May be on the meta device.
+    aligned : bool
+        Their data begin on cache lines (see `slimrank.checkpoint.aligned`), as slimrank's own do.
 
     Examples
     --------
     >>> safetensors_bytes({"a": torch.zeros(2, 2)})
     112
+    >>> safetensors_bytes({"a": torch.zeros(2, 2)}, aligned=True)
+    144
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -48,7 +53,9 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
         }
         offset = end
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-text // 8) * 8 + offset
+    start = 8 + -(-text // 8) * 8
+    sizes = (tensor.numel() * tensor.element_size() for _, tensor in ordered)
+    return start + (padding(start, sizes) if aligned else 0) + offset
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +73,11 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def folder_bytes(
-    model: nn.Module, ranks: Mapping[str, int] | None = None, pivoted: Collection[str] = ()
+    model: nn.Module,
+    ranks: Mapping[str, int] | None = None,
+    pivoted: Collection[str] = (),
+    *,
+    aligned: bool = False,
 ) -> int:
     """Bytes of the weight files that `save_pretrained` would write for a model, shards included.
 
@@ -78,6 +89,8 @@ def folder_bytes(
         Count these linears as factors of this rank instead of as they are.
     pivoted : collection of str
         Those of them in the pivoted layout.
+    aligned : bool
+        The folder is written by slimrank, which aligns what it compresses.
     """
     tensors = {name: torch.empty_like(t, device="meta") for name, t in saved_tensors(model).items()}
     for name, rank in (ranks or {}).items():
@@ -92,7 +105,7 @@ def folder_bytes(
     tensors = as_saved(model, tensors)
     shards = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_SIZE)
     return sum(
-        safetensors_bytes({name: tensors[name] for name in names})
+        safetensors_bytes({name: tensors[name] for name in names}, aligned)
         for names in shards.filename_to_tensors.values()
     )
 

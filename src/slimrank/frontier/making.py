@@ -76,7 +76,7 @@ def in_int8(made: Made) -> Made:
         round_low_rank(made.model)
     return replace(
         made,
-        bytes=folder_bytes(made.model),
+        bytes=folder_bytes(made.model, aligned=True),
         linear_bytes=linear_bytes(made.model, made.targets),
         phases=made.phases | clock.seconds,
         peak_bytes=max(made.peak_bytes, peak_bytes()),
