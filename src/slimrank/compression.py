@@ -13,13 +13,13 @@ from slimrank.building import hold_against
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import (
     REPORT,
+    UNFINISHED_RUN,
     RunState,
     folder_bytes,
     mark_compressed,
     read_profile,
     read_report,
     removed_what_is_left,
-    require_no_run,
     require_served_by_code,
     require_writable,
     state_folder,
@@ -173,7 +173,7 @@ def _is_kept(job: Job, from_profile: bool) -> bool:
             f"{what} looks at no text, is short and keeps nothing to go on with; leave --resume out"
         )
     if job.out is not None and not job.resume and processes.is_first():
-        require_no_run(Path(job.out))
+        UNFINISHED_RUN.require_none(Path(job.out))
     return is_kept and job.out is not None
 
 
