@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from slimrank import processes
@@ -36,7 +35,7 @@ from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 from slimrank.source import open_dense, parse_source
-from slimrank.targets import PROBE_TOKENS, find_work, num_embeddings, require_streamable
+from slimrank.targets import find_work, probe_ids, require_streamable
 
 
 def compress(
@@ -243,6 +242,5 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
         environment=environment(loaded),
         warnings=(),
     )
-    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(loaded)
-    probe = probe if made.probe is None else made.probe[None, :128]
+    probe = probe_ids(loaded) if made.probe is None else made.probe[None, :128]
     return _Done(loaded, tokenizer, probe, report, made.state)

@@ -26,7 +26,7 @@ from slimrank.model import replace_linear
 from slimrank.nn import Int8Linear, LowRankLinear, SplitLinear, detach_latent_cache
 from slimrank.report import ExportReport
 from slimrank.source import require_finite_weights
-from slimrank.targets import num_embeddings
+from slimrank.targets import probe_ids
 
 PROBE_TOKENS = 64
 LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION, HEALING, REMOTE_CODE)  # of the factors
@@ -65,7 +65,7 @@ def export_dense(folder: str | Path, out: str | Path) -> ExportReport:
     require_writable(out)
     model = load(source, dtype="auto")
     require_finite_weights(model, str(source))
-    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
+    probe = probe_ids(model, PROBE_TOKENS)
     before = _logits(model, probe)
     linears = _multiply_out(model)
     apart = _logits(model, probe) - before
