@@ -42,15 +42,30 @@ def text(make_windows):
     return make_windows(24, 32)
 
 
-@pytest.fixture
-def run(make_model, make_recipe, text):
-    """`run(family="llama", **recipe)` gives a model and its report."""
+@pytest.fixture(scope="module")
+def run_anew(make_model, make_recipe, text):
+    """`run_anew(family="llama", **recipe)` gives a model and its report."""
 
     def make(family="llama", dtype=torch.float32, seed=0, layers=2, out=None, **recipe):
         depth = {} if layers == 2 else {"num_hidden_layers": layers}
         model = make_model(family, seed=seed, dtype=dtype, **depth)
         wanted = make_recipe(**{"order": "sequential", **recipe})
         return model, compress(model, wanted, windows=text, out=out)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(run_anew):
+    """The same, once for all tests that ask for it alike: not to be changed."""
+    made = {}
+
+    def make(family="llama", **settings):
+        every = {"family": family, "seed": 0, "layers": 2, "order": "sequential", **settings}
+        key = repr(sorted(every.items()))
+        if key not in made:
+            made[key] = run_anew(**every)
+        return made[key]
 
     return make
 
@@ -233,9 +248,9 @@ def test_keeping_all_changes_nothing(run, make_model):
 
 
 @pytest.mark.parametrize("method", ["svd-llm", "aa-svd"])
-def test_the_same_recipe_gives_the_same_bits(method, run):
+def test_the_same_recipe_gives_the_same_bits(method, run_anew):
     before = torch.random.get_rng_state()
-    (first, one), (second, two) = (run(method=method, refine="fast") for _ in range(2))
+    (first, one), (second, two) = (run_anew(method=method, refine="fast") for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert_same_state(first.state_dict(), second.state_dict())
     for a, b in zip(one.blocks, two.blocks, strict=True):

@@ -7,7 +7,7 @@ from torch import nn
 import slimrank
 from slimrank.errors import BudgetError
 from slimrank.nn import SplitLinear
-from slimrank.targets import find_work
+from slimrank.targets import find_work, probe_ids
 
 
 def modules_of(model):
@@ -76,3 +76,9 @@ def test_ranks_of_a_cache_of_latents(make_model, make_recipe, keep, rank):
     assert set(work.fixed.values()) == {rank}
     assert len(work.fixed) == 4
     assert (work.kv_cache.dense_values, work.kv_cache.latent_values) == (64, 4 * rank)
+
+
+def test_a_probe_is_of_tokens_that_the_model_knows(make_model):
+    model = make_model("llama")
+    known = model.get_input_embeddings().num_embeddings
+    assert probe_ids(model, known + 2).tolist() == [[*range(known), 0, 1]]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from slimrank import processes
@@ -13,13 +12,13 @@ from slimrank.building import hold_against
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import (
     REPORT,
+    UNFINISHED_RUN,
     RunState,
     folder_bytes,
     mark_compressed,
     read_profile,
     read_report,
     removed_what_is_left,
-    require_no_run,
     require_served_by_code,
     require_writable,
     state_folder,
@@ -36,7 +35,7 @@ from slimrank.profiling import ProfiledModel
 from slimrank.recipe import CompressionRecipe
 from slimrank.report import CompressionReport
 from slimrank.source import open_dense, parse_source
-from slimrank.targets import PROBE_TOKENS, find_work, num_embeddings, require_streamable
+from slimrank.targets import find_work, probe_ids, require_streamable
 
 
 def compress(
@@ -173,7 +172,7 @@ def _is_kept(job: Job, from_profile: bool) -> bool:
             f"{what} looks at no text, is short and keeps nothing to go on with; leave --resume out"
         )
     if job.out is not None and not job.resume and processes.is_first():
-        require_no_run(Path(job.out))
+        UNFINISHED_RUN.require_none(Path(job.out))
     return is_kept and job.out is not None
 
 
@@ -243,6 +242,5 @@ def _factorise(model: str | Path | nn.Module, job: Job, profile: str | Path | No
         environment=environment(loaded),
         warnings=(),
     )
-    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(loaded)
-    probe = probe if made.probe is None else made.probe[None, :128]
+    probe = probe_ids(loaded) if made.probe is None else made.probe[None, :128]
     return _Done(loaded, tokenizer, probe, report, made.state)

@@ -32,8 +32,10 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
+def peak_bytes(device: torch.device | None = None) -> int:
+    """Largest memory of this process so far: resident, or on a CUDA device."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

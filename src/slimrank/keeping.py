@@ -13,19 +13,19 @@ from torch import Tensor
 from slimrank import processes
 from slimrank.calibration import TokenWindows
 from slimrank.checkpoint import (
+    UNFINISHED_RUN,
     FinishedBlock,
     Profile,
     RunManifest,
     RunState,
-    has_run,
     map_over,
     read_profile,
 )
 from slimrank.checkpoint.manifest import warn_of_differences
 from slimrank.checkpoint.profile_state import (
+    UNFINISHED_PROFILE,
     ProfileRun,
     ProfileState,
-    has_unfinished_profile,
     removed_what_is_left,
 )
 from slimrank.environment import Clock, environment
@@ -122,7 +122,7 @@ def kept_run(
         "profile_fingerprint": _profile_fingerprint(profile) if profile else "",
     }
     processes.require_same({"calibration text": marks["calibration_fingerprint"]})
-    is_resumed = processes.agreed(resume and has_run(out))
+    is_resumed = processes.agreed(resume and UNFINISHED_RUN.is_kept(out))
     manifest = RunManifest(**marks, versions=versions, ranks=None, allocation=None)
     with RunState.resume(out) if is_resumed else RunState.begin(out, manifest) as state:
         if is_resumed:
@@ -279,6 +279,6 @@ def unfinished_profile(state: RunState) -> ProfileState:
     CheckpointError
         If it is damaged, or the disk refuses.
     """
-    if processes.agreed(has_unfinished_profile(state.profile)):
+    if processes.agreed(UNFINISHED_PROFILE.is_kept(state.profile)):
         return ProfileState.resume(state.profile)
     return ProfileState.begin(state.profile, ProfileRun(marks={}, versions={}))

@@ -23,11 +23,10 @@ from slimrank.checkpoint.manifest import warn_of_differences
 from slimrank.checkpoint.profile import HELD_OUT, write_manifest, write_tensors
 from slimrank.checkpoint.profile import MANIFEST as PROFILE
 from slimrank.checkpoint.profile_state import (
+    UNFINISHED_PROFILE,
     ProfileRun,
     ProfileState,
-    has_unfinished_profile,
     removed_what_is_left,
-    require_no_unfinished_profile,
 )
 from slimrank.drawing import draw
 from slimrank.environment import Clock, environment, gathered_warnings, peak_bytes
@@ -120,7 +119,7 @@ def profile(
         if processes.is_first():
             require_writable(out)
         if processes.is_first() and not resume:
-            require_no_unfinished_profile(out)
+            UNFINISHED_PROFILE.require_none(out)
         device = processes.own_device(options.device)
         with clock.phase("load"):
             loaded, name, tokenizer = open_dense(
@@ -222,7 +221,7 @@ def _begin_or_resume(
         "choice of --spectra-only": "yes" if spectra_only else "no",
     }
     processes.require_same({**marks, "output": str(out)})
-    if not processes.agreed(resume and has_unfinished_profile(out)):
+    if not processes.agreed(resume and UNFINISHED_PROFILE.is_kept(out)):
         begun = ProfileState.begin(out, ProfileRun(marks=marks, versions=versions))
         return stack.enter_context(begun)
     state = stack.enter_context(ProfileState.resume(out))

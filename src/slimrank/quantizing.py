@@ -31,10 +31,9 @@ from slimrank.report import (
     QuantizedLinear,
 )
 from slimrank.source import require_finite_weights
-from slimrank.targets import num_embeddings
+from slimrank.targets import probe_ids
 
 BITS = 8
-PROBE_TOKENS = 12
 HALVES = (torch.bfloat16, torch.float16)
 ROUND = {"rows": round_factors, "remapped": remap_factors}
 HOW = {
@@ -128,11 +127,11 @@ def quantize(
         perplexity=None if after is None else after.value,
         perplexity_tokens=0 if after is None else after.tokens,
     )
-    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
 
     def entry(weight_bytes: int) -> QuantizationReport:
         return report.model_copy(update={"weight_bytes": weight_bytes})
 
+    probe = probe_ids(model)
     return write_derived(model, contents, out, QUANTIZATION, entry, _after_rounding, probe)
 
 

@@ -8,7 +8,8 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from slimrank.allocation import LinearShape, RankPlan, uniform
 from slimrank.checkpoint import folder_bytes
@@ -182,8 +183,7 @@ def _work(
 ) -> Work:
     """Discover the targets in a model whose fused projections are split."""
     wanted = {*targets, *(name for pair in attentions.values() for name in pair)}
-    device = next(model.parameters()).device
-    probe = torch.arange(PROBE_TOKENS, device=device)[None] % num_embeddings(model)
+    probe = probe_ids(model).to(next(model.parameters()).device)
     anatomy = discover(model, probe, path).only(wanted).laid_out(recipe.layout)
     sizes = {site.name: site.shape for site in anatomy.sites}
     targeted = sum(shape.dense_params for shape in sizes.values())
@@ -272,6 +272,11 @@ def require_streamable(recipe: CompressionRecipe, options: CompressionOptions) -
 def num_embeddings(model: Any) -> int:
     """Rows of the embedding: the token ids that the model knows."""
     return int(model.get_input_embeddings().weight.shape[0])
+
+
+def probe_ids(model: Any, tokens: int = PROBE_TOKENS) -> Int[Tensor, "1 tokens"]:
+    """Token ids that a model knows, to look at it or to compare it with: 0, 1, 2 and so on."""
+    return torch.arange(tokens)[None] % num_embeddings(model)
 
 
 def int8_savings(model: nn.Module, path: str) -> int:

@@ -75,12 +75,18 @@ def test_it_runs_where_it_is_told(report):
     assert {model.dtype for model in report.models} == {"float32"}
 
 
-def test_another_dtype_is_taken(dense_folder):
-    found = benchmark(
+@pytest.fixture(scope="module")
+def halves(dense_folder):
+    """Another dtype, and nothing said about threads."""
+    return benchmark(
         dense_folder, batches=[1], contexts=[4], new_tokens=1, rounds=1, dtype="bfloat16"
     )
-    assert found.models[0].dtype == "bfloat16"
-    assert found.models[0].cases[0].cache_bytes % 2 == 0
+
+
+def test_another_dtype_is_taken(halves, report):
+    assert halves.models[0].dtype == "bfloat16"
+    (wide,) = (c for c in report.models[1].cases if (c.batch, c.context) == (1, 5))
+    assert 5 * halves.models[0].cases[0].cache_bytes == 4 * wide.cache_bytes / 2
 
 
 def test_latents_are_counted_as_what_they_take(dense_folder, make_recipe, tmp_path):
@@ -164,8 +170,7 @@ def test_cases_are_in_the_order_of_their_tokens():
     assert _cases((1, 8), (512, 16, 16)) == [(1, 16), (8, 16), (1, 512), (8, 512)]
 
 
-def test_all_threads_are_taken_if_nothing_is_said(dense_folder):
-    found = benchmark(dense_folder, batches=[1], contexts=[2], new_tokens=1, rounds=1)
+def test_all_threads_are_taken_if_nothing_is_said(halves):
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert int(found.environment["threads"]) == count
+    assert int(halves.environment["threads"]) == count
     assert torch.get_num_threads() == 1  # this process stays as it was

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slimrank.checkpoint import HealRun, HealSnapshot, HealState, has_healing, state_folder
+from slimrank.checkpoint import UNFINISHED_HEALING, HealRun, HealSnapshot, HealState, state_folder
 from slimrank.checkpoint.durable import sealed
 from slimrank.checkpoint.heal_state import removed_what_is_left
 from slimrank.errors import CheckpointError, NumericalError
@@ -103,7 +103,7 @@ def test_two_processes(out):
 def test_what_an_error_leaves(error, saves, stays, out):
     with pytest.raises(error):
         save_and_fail(HealState.begin(out, RUN), error("so it goes"), *([1] if saves else []))
-    assert has_healing(out) == stays
+    assert UNFINISHED_HEALING.is_kept(out) == stays
     assert state_folder(out).exists() == stays
 
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from slimrank.checkpoint import (
+    UNFINISHED_RUN,
     RunManifest,
     RunState,
-    has_run,
     removed_what_is_left,
-    require_no_run,
     state_folder,
 )
 from slimrank.checkpoint.durable import locked
@@ -247,12 +246,12 @@ def test_what_is_no_unfinished_run(out, left, manifest):
 
 
 def test_a_run_is_told_from_none(left, out):
-    assert has_run(out)
+    assert UNFINISHED_RUN.is_kept(out)
     with pytest.raises(CheckpointError, match=r"unfinished run is in .*--resume, or delete it"):
-        require_no_run(out)
+        UNFINISHED_RUN.require_none(out)
     RunState.resume(out).remove()
-    assert not has_run(out)
-    require_no_run(out)
+    assert not UNFINISHED_RUN.is_kept(out)
+    UNFINISHED_RUN.require_none(out)
 
 
 def test_blocks_without_a_manifest_are_not_written_over(left, out, manifest):

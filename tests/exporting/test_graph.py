@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from slimrank.exporting import GRAPHS, export, export_graph
 from slimrank.exporting.onnx_form import OnnxForm
 from tiny.faults import full_disk
 from tiny.folders import edit_weights
-from tiny.models import VOCABULARY, WINDOW
+from tiny.models import FAMILIES, VOCABULARY, WINDOW
 from tiny.runtimes import TOKENS, torch_tokens
 
 ONE = {"num_hidden_layers": 1}
@@ -111,10 +112,34 @@ def test_it_goes_on_as_transformers_does(form, family, layout, sizes, make_small
     assert_tidy(folder, out)
 
 
+# Runtime, layout and what is new. Quick tests have Llama and Qwen2 with ties in both runtimes.
+EACH = {
+    "mistral": ("onnx", "pivoted"),  # a window in every layer
+    "qwen2": ("openvino", "plain"),  # biases beside factors
+    "qwen3": ("onnx", "plain"),  # norms of queries and keys
+    "gemma2": ("openvino", "pivoted"),  # windows in turns, soft caps, a tie
+    "gemma3": ("onnx", "pivoted"),  # windows in turns, each kind with rotations of its own
+    "phi3": ("openvino", "plain"),  # fused projections
+    "opt": ("onnx", "pivoted"),  # learned positions, biases beside pivots, a tie
+    "gpt_neox": ("openvino", "pivoted"),  # parts of heads are rotated, fused in turns by head
+    "olmo2": ("onnx", "plain"),  # norms of all heads together, and after the linears
+    "falcon": ("openvino", "plain"),  # one head of keys for all, attention beside the MLP
+    "mixtral": ("onnx", "pivoted"),  # experts
+    "qwen3_moe": ("openvino", "pivoted"),  # more experts, whose weights do not add up to one
+}
+
+
+def test_no_family_is_forgotten():
+    assert set(EACH) == set(FAMILIES) - {"llama", "qwen2_tied"}
+    assert len(Counter(EACH.values())) == 4
+
+
 @pytest.mark.slow
-def test_every_family_goes_on_as_transformers_does(form, family, make_small, tmp_path):
+@pytest.mark.parametrize("family", EACH)
+def test_every_family_goes_on_as_transformers_does(family, make_small, tmp_path):
+    form, layout = EACH[family]
     mixed = family in ("gemma2", "gemma3")  # their layers have windows in turns
-    folder = make_small(family, "auto", **({} if mixed else ONE))
+    folder = make_small(family, layout, **({} if mixed else ONE))
     export(folder, tmp_path / "out", form)
     assert_goes_on_alike(form, folder, tmp_path / "out")
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -105,7 +104,14 @@ class Far(Tensor):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute on the CPU what is asked of the device, if it may be."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+
+    def near(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+        return value.inner if isinstance(value, Far) else value
+
+    args, kwargs = _mapped(near, args), {key: _mapped(near, each) for key, each in kwargs.items()}
     far = [tensor for tensor in tensors if isinstance(tensor, Far)]
     name = func._schema.name
     _Device.operations += bool(far)
@@ -115,11 +121,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         is_far = torch.device(wanted).type == "far"
         kwargs = {**kwargs, "device": torch.device("cpu")} if is_far else kwargs
     else:
-        is_far = isinstance(args[0], Far) if name in ANY_DEVICE else bool(far)
+        is_far = isinstance(tensors[0], Far) if name in ANY_DEVICE else bool(far)
     if name == "aten::_to_copy" and not is_far and kwargs.get("dtype") == torch.float64:
         _refuse_float64()  # MPS may convert before it copies
     known = {id(tensor.inner): tensor for tensor in far}
-    found = func(*tree_map(_near, args), **tree_map(_near, kwargs))
+    found = func(*args, **kwargs)
 
     def to_far(value: Any) -> Any:
         if not isinstance(value, Tensor) or not is_far:
@@ -130,7 +136,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _refuse_float64()
         return Far(value)
 
-    return found if name == "aten::_local_scalar_dense" else tree_map(to_far, found)
+    return found if name == "aten::_local_scalar_dense" else _mapped(to_far, found)
 
 
 def _require_together(name: str, tensors: list[Tensor]) -> None:
@@ -149,8 +155,11 @@ def _refuse_float64() -> None:
         raise TypeError("the device has no float64")
 
 
-def _near(value: Any) -> Any:
-    return value.inner if isinstance(value, Far) else value
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change a value, or all that a list or tuple holds: operators know no other containers."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(change, each) for each in value])
+    return change(value)
 
 
 def on_far(do: Callable[[Path], object], folder: Path, *, has_float64: bool = True) -> None:

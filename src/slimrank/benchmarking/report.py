@@ -63,7 +63,7 @@ class ModelFigures(_Frozen):
     weight_bytes : int
         Of its parameters and buffers in memory.
     before_bytes : int
-        Memory of the process before the model was loaded: of Python, torch and transformers.
+        Of the same memory before the model was loaded: resident, Python, torch and transformers.
     cases : tuple of CaseFigures
     """
 

@@ -15,7 +15,7 @@ import torch
 from slimrank.benchmarking.latency import run_once
 from slimrank.environment import environment, peak_bytes
 from slimrank.errors import SlimrankError, in_one_line
-from slimrank.source import open_model, parse_source
+from slimrank.source import open_model, parse_source, require_device
 
 WARM_UP = 16  # tokens; on a CPU nothing depends on the shapes that have been
 
@@ -30,7 +30,8 @@ class Holder:
         torch.set_num_threads(threads)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-        before = peak_bytes()
+        require_device(device)
+        before = peak_bytes(torch.device(device or "cpu"))
         self.model = open_model(parse_source(model), dtype, device=device).eval()
         tensors = [*self.model.parameters(), *self.model.buffers()]
         config = self.model.config.get_text_config()
@@ -50,13 +51,8 @@ class Holder:
     def run(self, batch: int, context: int, new_tokens: int) -> dict[str, Any]:
         """Run once."""
         figures = run_once(self.model, batch, context, new_tokens)
-        return {**figures._asdict(), "peak_bytes": self._peak()}
-
-    def _peak(self) -> int:
         device = next(self.model.parameters()).device
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        return peak_bytes()
+        return {**figures._asdict(), "peak_bytes": peak_bytes(device)}
 
 
 def main() -> None:

@@ -31,13 +31,16 @@ def taking_inputs(root: nn.Module, takers: Mapping[str, Taker]) -> Iterator[None
     """
     with ExitStack() as stack:
         for name, take in takers.items():
-
-            def hook(_m: nn.Module, args: tuple[Any, ...], take: Taker = take) -> None:
-                take(args[0])
-
-            handle = root.get_submodule(name).register_forward_pre_hook(hook)
+            handle = root.get_submodule(name).register_forward_pre_hook(_giving_to(take))
             stack.callback(handle.remove)
         yield
+
+
+def _giving_to(take: Taker) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
+        take(args[0])
+
+    return hook
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How much of an error at a linear's outputs arrives at the outputs of its block."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -139,12 +139,16 @@ def watched(
     edges: dict[str, list[tuple[GradientEdge, int]]] = {name: [] for name in linears}
     with ExitStack() as stack:
         for name, linear in linears.items():
-
-            def hook(_m: nn.Module, _args: object, output: Tensor, name: str = name) -> Tensor:
-                if not output.requires_grad:
-                    output.requires_grad_()
-                edges[name].append((get_gradient_edge(output), output.shape[-1]))
-                return output.clone()
-
-            stack.callback(linear.register_forward_hook(hook).remove)
+            hook = linear.register_forward_hook(_writing_to(edges[name]))
+            stack.callback(hook.remove)
         yield edges
+
+
+def _writing_to(edges: list[tuple[GradientEdge, int]]) -> Callable[..., Tensor]:
+    def hook(_m: nn.Module, _args: object, output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output.requires_grad_()
+        edges.append((get_gradient_edge(output), output.shape[-1]))
+        return output.clone()
+
+    return hook

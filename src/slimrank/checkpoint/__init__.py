@@ -25,11 +25,10 @@ from slimrank.checkpoint.folder import (
 )
 from slimrank.checkpoint.foreign import reason, told_as
 from slimrank.checkpoint.heal_state import (
+    UNFINISHED_HEALING,
     HealRun,
     HealSnapshot,
     HealState,
-    has_healing,
-    require_no_healing,
 )
 from slimrank.checkpoint.loading import LOAD_ERRORS, load
 from slimrank.checkpoint.manifest import RunManifest
@@ -65,10 +64,9 @@ from slimrank.checkpoint.sound import (
     require_sound_config,
 )
 from slimrank.checkpoint.state import (
+    UNFINISHED_RUN,
     RunState,
-    has_run,
     removed_what_is_left,
-    require_no_run,
 )
 from slimrank.checkpoint.unfinished import state_folder
 
@@ -83,6 +81,8 @@ __all__ = [
     "REPORT",
     "SHARD_SIZE",
     "TRUSTED",
+    "UNFINISHED_HEALING",
+    "UNFINISHED_RUN",
     "FinishedBlock",
     "FolderContents",
     "HealRun",
@@ -103,9 +103,7 @@ __all__ = [
     "copy_other_files",
     "copy_weights",
     "folder_bytes",
-    "has_healing",
     "has_remote_code",
-    "has_run",
     "load",
     "load_mapped",
     "map_over",
@@ -123,8 +121,6 @@ __all__ = [
     "register",
     "removed_what_is_left",
     "renamed_when_done",
-    "require_no_healing",
-    "require_no_run",
     "require_served_by_code",
     "require_sound",
     "require_sound_config",

@@ -30,6 +30,7 @@ from slimrank.checkpoint.durable import (
 from slimrank.checkpoint.manifest import require_same
 from slimrank.checkpoint.profile import write_tensors
 from slimrank.checkpoint.unfinished import (
+    Unfinished,
     new_state_folder,
     remove_passing_folders,
     remove_state_folder,
@@ -78,23 +79,7 @@ class HealSnapshot(Frozen):
     sha256: str = ""
 
 
-def has_healing(out: Path) -> bool:
-    """Tell whether an unfinished healing is kept for a folder."""
-    return (state_folder(out) / MANIFEST).exists()
-
-
-def require_no_healing(out: Path) -> None:
-    """See that no unfinished healing is in the way, before any work.
-
-    Raises
-    ------
-    CheckpointError
-        If there is one.
-    """
-    if has_healing(out):
-        raise CheckpointError(
-            f"an unfinished healing is in {state_folder(out)}; go on with --resume, or delete it"
-        )
+UNFINISHED_HEALING = Unfinished("healing", MANIFEST, HealRun)
 
 
 def removed_what_is_left(out: Path, settings: str) -> bool:
@@ -111,18 +96,9 @@ def removed_what_is_left(out: Path, settings: str) -> bool:
     CheckpointError
         If another process works on it, the state is damaged, or the disk refuses.
     """
-    folder = state_folder(out)
-    if not folder.is_dir():
-        return False
-    with locked(folder, out):
-        if has_healing(out):
-            begun = read_sealed(folder / MANIFEST, HealRun, f"delete {folder}")
-            if begun.marks.get("settings") != settings:
-                return False
-        elif any(path.name != LOCK for path in folder.iterdir()):
-            return False
-        remove_state_folder(folder, MANIFEST)
-    return True
+    return UNFINISHED_HEALING.removed_what_is_left(
+        out, lambda begun: begun.marks.get("settings") == settings
+    )
 
 
 @final
@@ -156,7 +132,7 @@ class HealState:
         """
         folder = state_folder(out)
         with new_state_folder(out) as lock:
-            require_no_healing(out)
+            UNFINISHED_HEALING.require_none(out)
             remove_passing(folder)
             if any(path.name != LOCK for path in folder.iterdir()):
                 raise CheckpointError(f"{folder} holds files but no {MANIFEST}; delete it")
@@ -174,7 +150,7 @@ class HealState:
         """
         folder = state_folder(out)
         with locked(folder, out) as lock:
-            manifest = read_sealed(folder / MANIFEST, HealRun, f"delete {folder}")
+            manifest = UNFINISHED_HEALING.read(out)
             remove_passing(folder)
             remove_passing_folders(folder)
             last = _read_last(folder)

@@ -34,6 +34,7 @@ from slimrank.checkpoint.manifest import require_same
 from slimrank.checkpoint.profile import MANIFEST as PROFILE
 from slimrank.checkpoint.profile import ProfiledLinear, block_file, write_tensors
 from slimrank.checkpoint.unfinished import (
+    Unfinished,
     new_state_folder,
     remove_state_folder,
     state_folder,
@@ -88,29 +89,11 @@ class ProfiledBlock(Frozen):
     spectra: str = ""
 
 
-def has_unfinished_profile(out: Path) -> bool:
-    """Tell whether an unfinished profile is kept for a folder."""
-    return (state_folder(out) / MANIFEST).exists()
-
-
-def require_no_unfinished_profile(out: Path) -> None:
-    """See that no unfinished profile is in the way, before any work.
-
-    Raises
-    ------
-    CheckpointError
-        If there is one.
-    """
-    if has_unfinished_profile(out):
-        raise CheckpointError(
-            f"an unfinished profile is in {state_folder(out)}; go on with --resume, or delete it"
-        )
+UNFINISHED_PROFILE = Unfinished("profile", MANIFEST, ProfileRun)
 
 
 def removed_what_is_left(out: Path, recipe: str | None = None) -> bool:
     """Remove the state of a profile that stands; tell whether there was one.
-
-    A run that is killed between the last two steps, name and removal, leaves both.
 
     Parameters
     ----------
@@ -123,18 +106,11 @@ def removed_what_is_left(out: Path, recipe: str | None = None) -> bool:
     CheckpointError
         If another process works on it, the state is damaged, or the disk refuses.
     """
-    folder = state_folder(out)
-    if not (out / PROFILE).is_file() or not folder.is_dir() or (folder / TO_BE).exists():
+    if not (out / PROFILE).is_file() or (state_folder(out) / TO_BE).exists():
         return False
-    with locked(folder, out):
-        if has_unfinished_profile(out):
-            begun = read_sealed(folder / MANIFEST, ProfileRun, f"delete {folder}")
-            if recipe is not None and begun.marks.get("recipe") != recipe:
-                return False
-        elif any(path.name != LOCK for path in folder.iterdir()):
-            return False
-        remove_state_folder(folder, MANIFEST)
-    return True
+    return UNFINISHED_PROFILE.removed_what_is_left(
+        out, lambda begun: recipe is None or begun.marks.get("recipe") == recipe
+    )
 
 
 @final
@@ -177,7 +153,7 @@ class ProfileState:
             processes.wait()
             return cls(out, folder, manifest, [], ExitStack(), False)
         with new_state_folder(out) as lock:
-            require_no_unfinished_profile(out)
+            UNFINISHED_PROFILE.require_none(out)
             remove_passing(folder)
             if any(path.name not in (LOCK, TO_BE) for path in folder.iterdir()):
                 raise CheckpointError(f"{folder} holds files but no {MANIFEST}; delete it")
@@ -198,12 +174,12 @@ class ProfileState:
         folder = state_folder(out)
         if not processes.is_first():
             processes.wait()
-            manifest = read_sealed(folder / MANIFEST, ProfileRun, f"delete {folder}")
+            manifest = UNFINISHED_PROFILE.read(out)
             state = cls(out, folder, manifest, _read_blocks(folder), ExitStack(), False)
             processes.wait()
             return state
         with locked(folder, out) as lock:
-            manifest = read_sealed(folder / MANIFEST, ProfileRun, f"delete {folder}")
+            manifest = UNFINISHED_PROFILE.read(out)
             remove_passing(folder)
             for path in folder.glob(".*"):  # activations that a killed process had spilled
                 shutil.rmtree(path, ignore_errors=True)

@@ -20,7 +20,6 @@ from slimrank import processes
 from slimrank.checkpoint.durable import (
     LOCK,
     locked,
-    read_sealed,
     remove_passing,
     sealed,
     write_durably,
@@ -34,6 +33,7 @@ from slimrank.checkpoint.finished import (
 )
 from slimrank.checkpoint.manifest import RunManifest, require_same
 from slimrank.checkpoint.unfinished import (
+    Unfinished,
     new_state_folder,
     remove_passing_folders,
     remove_state_folder,
@@ -43,31 +43,11 @@ from slimrank.errors import CheckpointError
 from slimrank.report import BlockReport, LinearReport, RanksReport
 
 MANIFEST, PROFILE = "run.json", "profile"
-
-
-def has_run(out: Path) -> bool:
-    """Tell whether an unfinished run is kept for a folder."""
-    return (state_folder(out) / MANIFEST).exists()
-
-
-def require_no_run(out: Path) -> None:
-    """See that no unfinished run is in the way, before any work.
-
-    Raises
-    ------
-    CheckpointError
-        If there is one.
-    """
-    if has_run(out):
-        raise CheckpointError(
-            f"an unfinished run is in {state_folder(out)}; go on with --resume, or delete it"
-        )
+UNFINISHED_RUN = Unfinished("run", MANIFEST, RunManifest)
 
 
 def removed_what_is_left(out: Path, recipe_fingerprint: str) -> bool:
     """Remove the state of a run whose folder stands; tell whether there was one.
-
-    A run that is killed between the last two steps, name and removal, leaves both.
 
     Parameters
     ----------
@@ -80,18 +60,9 @@ def removed_what_is_left(out: Path, recipe_fingerprint: str) -> bool:
     CheckpointError
         If another process works on it, the state is damaged, or the disk refuses.
     """
-    folder = state_folder(out)
-    if not out.is_dir() or not folder.is_dir():
-        return False
-    with locked(folder, out):
-        if has_run(out):
-            manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
-            if manifest.recipe_fingerprint != recipe_fingerprint:
-                return False
-        elif any(path.name != LOCK for path in folder.iterdir()):
-            return False
-        remove_state_folder(folder, MANIFEST)
-    return True
+    return out.is_dir() and UNFINISHED_RUN.removed_what_is_left(
+        out, lambda begun: begun.recipe_fingerprint == recipe_fingerprint
+    )
 
 
 @final
@@ -136,7 +107,7 @@ class RunState:
             processes.wait()
             return cls(folder, manifest, [], ExitStack())
         with new_state_folder(out) as lock:
-            require_no_run(out)
+            UNFINISHED_RUN.require_none(out)
             remove_passing(folder)
             if any(path.name != LOCK for path in folder.iterdir()):
                 raise CheckpointError(f"{folder} holds files but no {MANIFEST}; delete it")
@@ -164,16 +135,16 @@ class RunState:
             raise CheckpointError(f"there is no unfinished run for {out}; start without --resume")
         if not processes.is_first():
             processes.wait()
-            manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
+            manifest = UNFINISHED_RUN.read(out)
             state = cls(folder, manifest, read_all_finished(folder), ExitStack())
             processes.wait()
             return state
         with locked(folder, out) as lock:
-            if not has_run(out):
+            if not UNFINISHED_RUN.is_kept(out):
                 raise CheckpointError(
                     f"nothing is finished in {folder}, it has no {MANIFEST}; start without --resume"
                 )
-            manifest = read_sealed(folder / MANIFEST, RunManifest, f"delete {folder}")
+            manifest = UNFINISHED_RUN.read(out)
             remove_passing(folder)
             remove_passing_folders(folder)
             finished = read_all_finished(folder)

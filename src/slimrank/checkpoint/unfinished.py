@@ -2,11 +2,13 @@
 
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
-from slimrank.checkpoint.durable import LOCK, locked, sync_folder
+from slimrank.checkpoint.durable import LOCK, Sealed, locked, read_sealed, sync_folder
 from slimrank.errors import CheckpointError
 
 UNFINISHED = ".unfinished"
@@ -113,3 +115,81 @@ def remove_state_folder(folder: Path, manifest: str, first: Sequence[str] = ()) 
         raise CheckpointError(
             f"cannot remove {folder}: {error.strerror}; delete it by hand"
         ) from error
+
+
+@dataclass(frozen=True)
+class Unfinished(Generic[Sealed]):
+    """What can be unfinished beside an output: a run, a profile or a healing.
+
+    Parameters
+    ----------
+    word : str
+        It is called in errors.
+    file : str
+        Name of its manifest.
+    manifest : type
+        What that holds.
+    """
+
+    word: str
+    file: str
+    manifest: type[Sealed]
+
+    def is_kept(self, out: Path) -> bool:
+        """Tell whether one is kept for a folder."""
+        return (state_folder(out) / self.file).exists()
+
+    def require_none(self, out: Path) -> None:
+        """See that none is in the way, before any work.
+
+        Raises
+        ------
+        CheckpointError
+            If there is one.
+        """
+        if self.is_kept(out):
+            raise CheckpointError(
+                f"an unfinished {self.word} is in {state_folder(out)}; go on with --resume, or "
+                "delete it"
+            )
+
+    def read(self, out: Path) -> Sealed:
+        """Read the manifest of the one that is kept.
+
+        Raises
+        ------
+        CheckpointError
+            If it is missing, damaged or of another version.
+        """
+        folder = state_folder(out)
+        return read_sealed(folder / self.file, self.manifest, f"delete {folder}")
+
+    def removed_what_is_left(self, out: Path, is_same: Callable[[Sealed], bool]) -> bool:
+        """Remove the state of one whose output stands; tell whether there was one.
+
+        A process that is killed between the last two steps, name and removal, leaves both.
+
+        Parameters
+        ----------
+        out : Path
+            Known to stand.
+        is_same : callable
+            Tells of a manifest whether it is of what the output was made by. It is not asked if the
+            manifest is gone, and nothing else is left.
+
+        Raises
+        ------
+        CheckpointError
+            If another process works on it, the state is damaged, or the disk refuses.
+        """
+        folder = state_folder(out)
+        if not folder.is_dir():
+            return False
+        with locked(folder, out):
+            if self.is_kept(out):
+                if not is_same(self.read(out)):
+                    return False
+            elif any(path.name != LOCK for path in folder.iterdir()):
+                return False
+            remove_state_folder(folder, self.file)
+        return True

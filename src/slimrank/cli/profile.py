@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from slimrank.checkpoint.profile_state import has_unfinished_profile
+from slimrank.checkpoint.profile_state import UNFINISHED_PROFILE
 from slimrank.cli import options as opt
 from slimrank.cli.output import (
     friendly,
@@ -84,8 +84,8 @@ def profile_command(
     how = CompressionOptions(
         device=device, batch_size=batch_size, memory=limit, track=track, stream=stream
     )
-    say_if_it_begins(resume, has_unfinished_profile(out) or out.exists())
-    with says_what_is_kept(lambda: GO_ON if has_unfinished_profile(out) else None):
+    say_if_it_begins(resume, UNFINISHED_PROFILE.is_kept(out) or out.exists())
+    with says_what_is_kept(lambda: GO_ON if UNFINISHED_PROFILE.is_kept(out) else None):
         found = profile(
             model,
             wanted,

@@ -7,29 +7,19 @@ import torch
 from torch import Tensor
 
 from slimrank.checkpoint import (
-    CARD,
-    HEALING,
-    QUANTIZATION,
-    RECIPE,
-    REMOTE_CODE,
-    REPORT,
     SHARD_SIZE,
     compare_with_folder,
     copy_other_files,
-    load,
-    read_folder,
     renamed_when_done,
-    require_writable,
     weight_file_bytes,
 )
+from slimrank.exporting.opening import LEFT_OUT, open_folder
 from slimrank.model import replace_linear
 from slimrank.nn import Int8Linear, LowRankLinear, SplitLinear, detach_latent_cache
 from slimrank.report import ExportReport
-from slimrank.source import require_finite_weights
-from slimrank.targets import num_embeddings
+from slimrank.targets import probe_ids
 
 PROBE_TOKENS = 64
-LEFT_OUT = (CARD, RECIPE, REPORT, QUANTIZATION, HEALING, REMOTE_CODE)  # of the factors
 
 
 @torch.no_grad()
@@ -61,11 +51,8 @@ def export_dense(folder: str | Path, out: str | Path) -> ExportReport:
         If a weight is not finite.
     """
     source, out = Path(folder), Path(out)
-    read_folder(source)
-    require_writable(out)
-    model = load(source, dtype="auto")
-    require_finite_weights(model, str(source))
-    probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
+    model = open_folder(source, out)
+    probe = probe_ids(model, PROBE_TOKENS)
     before = _logits(model, probe)
     linears = _multiply_out(model)
     apart = _logits(model, probe) - before

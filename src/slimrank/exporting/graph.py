@@ -14,19 +14,16 @@ import torch
 from slimrank.checkpoint import (
     copy_other_files,
     load,
-    read_folder,
     renamed_when_done,
-    require_writable,
     told_as,
     weight_file_bytes,
 )
 from slimrank.errors import ModelError, extra_needed
-from slimrank.exporting.dense import LEFT_OUT
+from slimrank.exporting.opening import LEFT_OUT, open_folder
 from slimrank.exporting.probe import Probe, Step
 from slimrank.exporting.traceable import make_traceable
 from slimrank.nn import detach_latent_cache
 from slimrank.report import ExportReport, GraphFormName
-from slimrank.source import require_finite_weights
 
 
 @runtime_checkable
@@ -81,13 +78,10 @@ def export_graph(folder: str | Path, out: str | Path, form: GraphForm) -> Export
         If a weight is not finite.
     """
     source, out = Path(folder), Path(out)
-    read_folder(source)
-    require_writable(out)
     with extra_needed(f"{form.title} needs {', '.join(form.packages)}", form.name):
         for package in form.packages:
             import_module(package)
-    model = load(source, dtype="auto")
-    require_finite_weights(model, str(source))
+    model = open_folder(source, out)
     with told_as(ModelError, f"{source} does not run with a cache of keys and values"):
         probe = Probe.of(_in_float32(model, source))
     linears = make_traceable(model)

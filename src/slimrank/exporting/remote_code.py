@@ -20,9 +20,7 @@ from slimrank.checkpoint import (
     weight_file_bytes,
 )
 from slimrank.report import RemoteCodeReport
-from slimrank.targets import num_embeddings
-
-PROBE_TOKENS = 12
+from slimrank.targets import probe_ids
 
 
 @torch.no_grad()
@@ -64,8 +62,7 @@ def export_remote_code(folder: str | Path, out: str | Path) -> RemoteCodeReport:
             (passing / CARD).write_text(card, encoding="utf-8")
         copy_other_files(source, passing, (REMOTE_CODE,))
         add_remote_code(model, passing)
-        probe = torch.arange(PROBE_TOKENS)[None] % num_embeddings(model)
-        compare_with_folder(model, passing, probe)
+        compare_with_folder(model, passing, probe_ids(model))
     return RemoteCodeReport(
         source=str(source),
         file=REMOTE_CODE,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from slimrank.targets import num_embeddings
+from slimrank.targets import probe_ids
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 PAST, NEW = 3, 4  # tokens in the cache and after it; sizes of 0 and 1 would be taken for constants
@@ -31,7 +31,7 @@ class TracedCall:
 
     def __init__(self, model: Any) -> None:
         cache = DynamicCache()
-        tokens = torch.arange(2 * (PAST + NEW)).reshape(2, -1) % num_embeddings(model)
+        tokens = probe_ids(model, 2 * (PAST + NEW)).reshape(2, -1)
         model(input_ids=tokens[:, :PAST], past_key_values=cache, use_cache=True)
         every: dict[str, Tensor] = {
             "input_ids": tokens[:, PAST:].contiguous(),

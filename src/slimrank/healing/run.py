@@ -9,11 +9,10 @@ from pathlib import Path
 
 from slimrank.calibration import TokenWindows, default_batch_size
 from slimrank.checkpoint import (
+    UNFINISHED_HEALING,
     HealRun,
     HealState,
-    has_healing,
     load,
-    require_no_healing,
     require_writable,
 )
 from slimrank.checkpoint.manifest import warn_of_differences
@@ -97,7 +96,7 @@ def heal(
         return found
     require_writable(out)
     if not resume:
-        require_no_healing(out)
+        UNFINISHED_HEALING.require_none(out)
     with ExitStack() as stack:
         with gathered_warnings() as messages:
             clock = Clock()
@@ -120,7 +119,7 @@ def _kept(out: Path, case: Case, recipe: HealRecipe, resume: bool) -> Iterator[H
     if recipe.lora_rank is not None:
         versions["peft"] = version("peft")
     marks = case.marks(recipe)
-    is_resumed = resume and has_healing(out)
+    is_resumed = resume and UNFINISHED_HEALING.is_kept(out)
     run = HealRun(marks=marks, versions=versions)
     with HealState.resume(out) if is_resumed else HealState.begin(out, run) as state:
         if is_resumed:
