@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slimrank import CompressionOptions, CompressionRecipe, compress, load
+from slimrank import CompressionOptions, CompressionRecipe, compress, load, quantize
 from slimrank.calibration import TokenWindows
 from slimrank.demo import fetch_model
 from slimrank.source import load_model, load_tokenizer, parse_source
@@ -150,6 +150,22 @@ def test_tokens_agree_where_it_compiles(compressed, tmp_path):
     folder = compressed("llama", "auto")
     done = run_engine(tmp_path, folder, PROMPTS, enforce_eager=False)
     assert tokens(done) == by_transformers(folder, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "parts"), [("qwen2_tied", "plain", 1), ("qwen3", "pivoted", 2)]
+)
+def test_tokens_agree_of_codes(family, layout, parts, compressed, tmp_path):
+    quantize(compressed(family, layout), tmp_path / "codes")
+    done = run_engine(tmp_path, tmp_path / "codes", PROMPTS, parts=parts)
+    assert tokens(done) == by_transformers(tmp_path / "codes", PROMPTS)
+
+
+def test_codes_run_in_bfloat16_where_it_compiles(compressed, tmp_path):
+    quantize(compressed("llama", "pivoted"), tmp_path / "codes")
+    settings = {"dtype": "bfloat16", "enforce_eager": False}
+    found = tokens(run_engine(tmp_path, tmp_path / "codes", PROMPTS, **settings))
+    assert [len(one) for one in found] == [NEW, NEW]
 
 
 def test_it_runs_in_bfloat16(compressed, tmp_path):
