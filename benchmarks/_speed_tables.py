@@ -4,7 +4,6 @@ from typing import Any
 
 from _tables import header, read, row
 
-
 WIDE = ("wide", "wide-4096", "wide-8192")
 
 
@@ -64,8 +63,8 @@ def runtimes() -> None:
                     *(f"{cell[f'to {names[0]}']:.2f}x" for cell in cells[1:]),
                 )
     print(
-        "\nThe first folders of the table above, with ranks that are multiples of 32, and the pivoted "
-        f"one in int8; prompts of {settings['prompt']} tokens; precision {settings['precision']}, "
+        "\nThe first folders above with ranks that are multiples of 32, the pivoted one "
+        f"also in int8; prompts of {settings['prompt']} tokens; precision {settings['precision']}, "
         f"onnxruntime in float32; {settings['threads']} threads; each ratio is to the dense model "
         "in the same runtime ([figures, sizes and ratios across runtimes]"
         "(../benchmarks/results/runtimes.json))."

@@ -1,5 +1,7 @@
 """Calls are checked in tests, those of functions within functions too."""
 
+from typing import ParamSpec
+
 import pytest
 import torch
 from jaxtyping import Float, TypeCheckError, jaxtyped
@@ -38,3 +40,12 @@ def test_shapes_meet_those_of_the_same_call():
     assert product(torch.ones(2, 3), torch.ones(3, 4)).shape == (2, 4)
     with pytest.raises(TypeCheckError):
         product(torch.ones(2, 3), torch.ones(4, 3).mT[:2])
+
+
+def test_hints_without_a_hash_are_taken():
+    parameters = ParamSpec("parameters")
+
+    def count(*values: parameters.args, **named: parameters.kwargs) -> int:
+        return len(values) + len(named)
+
+    assert checked(count)(1, 2, third=3) == 3

@@ -19,6 +19,10 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         return beartype(function)
     hints = tuple(function.__annotations__.items())
     key = (function.__module__, function.__qualname__, function.__code__, hints)
+    try:
+        hash(key)
+    except TypeError:  # `P.args` of a decorator
+        return beartype(function)
     if key not in _known:
         _known[key] = beartype(function)
     return _known[key]
