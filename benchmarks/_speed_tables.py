@@ -5,23 +5,25 @@ from typing import Any
 from _tables import header, read, row
 
 WIDE = ("wide", "wide-4096", "wide-8192")
+NARROW = "wide-smollm2"
 
 
 def wide() -> None:
     """Dense, plain and pivoted in transformers, at several widths."""
-    records = {name: read(name) for name in WIDE}
+    records = {name: read(name) for name in (*WIDE, NARROW)}
     columns = ("linears", "ranks", "sequences × tokens", "", "dense, tokens a second")
     header(*columns, "plain", "pivoted")
     for record in records.values():
         _wide_rows(record)
-    first, *_ = records.values()
+    first = records[WIDE[0]]
     settings = first["settings"]
-    blocks = ", ".join(str(record["settings"]["blocks"]) for record in records.values())
-    files = ", ".join(f"[{name}](../benchmarks/results/{name}.json)" for name in WIDE)
+    blocks = ", ".join(str(records[name]["settings"]["blocks"]) for name in WIDE)
+    files = ", ".join(f"[{name}](../benchmarks/results/{name}.json)" for name in records)
     print(
         f"\nRandom Llamas of {blocks} blocks, {settings['vocabulary']} words, {settings['dtype']}, "
         f"{settings['keep']} kept; {settings['threads']} thread of "
-        f"{first['environment']['processor']}; medians of {settings['rounds']} rounds in turns "
+        f"{first['environment']['processor']}; medians of {settings['rounds']} rounds in turns. The "
+        f"last one is {records[NARROW]['settings']['model']}, of the same dtype and kept alike "
         f"(figures: {files})."
     )
 

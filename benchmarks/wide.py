@@ -1,9 +1,10 @@
 """Speed of a model with wide linears in transformers: dense, and of low rank in both layouts.
 
     python benchmarks/wide.py --out results/wide.json
+    python benchmarks/wide.py --model SmolLM2-135M-Instruct --out results/wide-smollm2.json
 
 A random Llama whose linears are as wide as those of models of some billion parameters, and random
-factors; speed depends on shapes alone. Folders are written and measured as `slimrank benchmark`
+factors; speed depends on shapes alone. Or a model that is there, with random factors. Folders are written and measured as `slimrank benchmark`
 does it: each in a process of its own, in turns. A second round has ranks that are multiples of 32.
 """
 
@@ -19,10 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from slimrank import benchmark
 from slimrank.checkpoint import align_folder, mark_compressed
+from slimrank.source import load_model, parse_source
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="this one's configuration and weights, and no random ones")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--inner-width", type=int, default=5632)
     parser.add_argument("--heads", type=int, default=16)
@@ -41,13 +44,14 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     draw = torch.Generator().manual_seed(options.seed)
-    settings = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
     results = {}
     with tempfile.TemporaryDirectory() as passing:
         place = Path(options.folders or passing)
         dense = place / "dense"
-        model = made(options).to(getattr(torch, options.dtype))
+        model = (given if options.model else made)(options).to(getattr(torch, options.dtype))
         model.save_pretrained(dense)
+        settings = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
+        settings["model"] = options.model and Path(options.model).name
         for multiple in options.multiples:
             folders = [
                 folder(model, layout, multiple, options.keep, draw, place) for layout in LAYOUTS
@@ -68,6 +72,15 @@ def made(options: argparse.Namespace) -> Any:
     )
     with torch.random.fork_rng():
         return LlamaForCausalLM(config).eval()
+
+
+def given(options: argparse.Namespace) -> Any:
+    model = load_model(parse_source(options.model))
+    config = model.config
+    options.width, options.inner_width = config.hidden_size, config.intermediate_size
+    options.heads, options.blocks = config.num_attention_heads, config.num_hidden_layers
+    options.vocabulary = config.vocab_size
+    return model
 
 
 def folder(
