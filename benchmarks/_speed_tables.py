@@ -22,8 +22,8 @@ def wide() -> None:
     print(
         f"\nRandom Llamas of {blocks} blocks, {settings['vocabulary']} words, {settings['dtype']}, "
         f"{settings['keep']} kept; {settings['threads']} thread of "
-        f"{first['environment']['processor']}; medians of {settings['rounds']} rounds in turns. The "
-        f"last one is {records[NARROW]['settings']['model']}, of the same dtype and kept alike "
+        f"{first['environment']['processor']}; medians of {settings['rounds']} rounds in turns. "
+        f"The last one is {records[NARROW]['settings']['model']}, of the same dtype and kept alike "
         f"(figures: {files})."
     )
 

@@ -4,8 +4,9 @@
     python benchmarks/wide.py --model SmolLM2-135M-Instruct --out results/wide-smollm2.json
 
 A random Llama whose linears are as wide as those of models of some billion parameters, and random
-factors; speed depends on shapes alone. Or a model that is there, with random factors. Folders are written and measured as `slimrank benchmark`
-does it: each in a process of its own, in turns. A second round has ranks that are multiples of 32.
+factors; speed depends on shapes alone. Or a model that is there, with random factors. Folders are
+written and measured as `slimrank benchmark` does it: each in a process of its own, in turns. A
+second round has ranks that are multiples of 32.
 """
 
 import argparse
