@@ -49,10 +49,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as passing:
         place = Path(options.folders or passing)
         dense = place / "dense"
-        model = (given if options.model else made)(options).to(getattr(torch, options.dtype))
+        model = load_model(parse_source(options.model)) if options.model else made(options)
+        model.to(getattr(torch, options.dtype))
         model.save_pretrained(dense)
-        settings = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
-        settings["model"] = options.model and Path(options.model).name
+        said = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
+        settings = (
+            said | shape(model.config) | {"model": options.model and Path(options.model).name}
+        )
         for multiple in options.multiples:
             folders = [
                 folder(model, layout, multiple, options.keep, draw, place) for layout in LAYOUTS
@@ -75,13 +78,15 @@ def made(options: argparse.Namespace) -> Any:
         return LlamaForCausalLM(config).eval()
 
 
-def given(options: argparse.Namespace) -> Any:
-    model = load_model(parse_source(options.model))
-    config = model.config
-    options.width, options.inner_width = config.hidden_size, config.intermediate_size
-    options.heads, options.blocks = config.num_attention_heads, config.num_hidden_layers
-    options.vocabulary = config.vocab_size
-    return model
+def shape(config: Any) -> dict[str, int]:
+    """What the results are told by, also of a model that was there."""
+    return {
+        "width": config.hidden_size,
+        "inner_width": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "blocks": config.num_hidden_layers,
+        "vocabulary": config.vocab_size,
+    }
 
 
 def folder(

@@ -112,7 +112,7 @@ def test_a_tensor_that_is_wrong_or_missing_or_there_twice_is_refused():
 def test_codes_that_are_none_are_refused():
     member = Member("fc", (6, INPUTS), range(6), range(INPUTS), 2, coded=True)
     fused, found = FusedLinear([member]), stored(6, 2, False, True).state_dict()
-    with pytest.raises(CheckpointError, match=r"fc\.latent\.codes are torch\.float64, not"):
+    with pytest.raises(CheckpointError, match=r"codes of fc\.latent are torch\.float64, not"):
         fused.load(0, "latent.codes", found["latent.codes"].double())
     with pytest.raises(CheckpointError, match=r"scale of fc\.expand is not finite or negat"):
         fused.load(0, "expand.scale", -found["expand.scale"])

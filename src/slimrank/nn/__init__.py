@@ -3,6 +3,7 @@
 from slimrank.nn.int8_linear import (
     Int8Factor,
     Int8Linear,
+    check_codes,
     check_scale,
     empty_int8_factors,
     has_int8_factors,
@@ -22,7 +23,7 @@ from slimrank.nn.remapped_factors import (
     packed_factors,
     remap_factors,
 )
-from slimrank.nn.row_placement import check_pivots
+from slimrank.nn.row_placement import check_pivots, copy_rows
 from slimrank.nn.split_linear import SplitLinear
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "SplitLinear",
     "attach_latent_cache",
     "cache_bytes",
+    "check_codes",
     "check_pivots",
     "check_scale",
+    "copy_rows",
     "detach_latent_cache",
     "empty_int8_factors",
     "empty_remapped_factors",

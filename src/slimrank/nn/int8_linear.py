@@ -55,9 +55,14 @@ class Int8Factor(nn.Module):
         NumericalError
             As `slimrank.linalg.round_rows`.
         """
-        out_features, in_features = matrix.shape
+        return cls.of(round_rows(matrix, dtype))
+
+    @classmethod
+    def of(cls, rows: RoundedRows) -> "Int8Factor":
+        """Hold codes and scales that are there, without a copy."""
+        out_features, in_features = rows.codes.shape
         factor = cls(in_features, out_features, "meta")
-        factor.codes, factor.scale = round_rows(matrix, dtype)
+        factor.codes, factor.scale = rows
         return factor
 
     @property
@@ -203,6 +208,24 @@ def has_int8_factors(layer: LowRankLinear) -> bool:
     return isinstance(layer.get_submodule("latent"), Int8Factor)
 
 
+def check_codes(codes: Tensor, name: str) -> None:
+    """Refuse codes that no rounding gives.
+
+    Raises
+    ------
+    CheckpointError
+        If they are no int8.
+
+    Examples
+    --------
+    >>> check_codes(torch.tensor([[1, 2]]), "o_proj.latent")
+    Traceback (most recent call last):
+    slimrank.errors.CheckpointError: codes of o_proj.latent are torch.int64, not torch.int8
+    """
+    if codes.dtype != torch.int8:
+        raise CheckpointError(f"codes of {name} are {codes.dtype}, not torch.int8")
+
+
 def check_scale(scale: Tensor, name: str) -> None:
     """Refuse scales that no rounding gives.
 
@@ -228,8 +251,8 @@ def check_scale(scale: Tensor, name: str) -> None:
 def _check_stored(state_dict: Mapping[str, Any], prefix: str) -> None:
     name = prefix.removesuffix(".") or "the layer"
     codes, scale = state_dict.get(f"{prefix}codes"), state_dict.get(f"{prefix}scale")
-    if codes is not None and codes.dtype != torch.int8:
-        raise CheckpointError(f"codes of {name} are {codes.dtype}, not torch.int8")
+    if codes is not None:
+        check_codes(codes, name)
     if scale is not None and not scale.is_meta:
         check_scale(scale, name)
 

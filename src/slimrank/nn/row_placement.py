@@ -169,7 +169,7 @@ def place_rows(latents: Tensor, others: Tensor, rows: Rows) -> Tensor:
         outputs = torch.cat((latents, others), -1)
         placed = outputs.take(rows.order)
         return placed if outputs.ndim == placed.ndim else placed.view_as(outputs)
-    return _placed(latents, others, rows.pivots, rows.others)
+    return copy_rows(latents, others, rows.pivots, rows.others)
 
 
 def expand_into_rows(latents: Tensor, expand: nn.Module, rows: Rows) -> Tensor:
@@ -272,7 +272,20 @@ def _imported_kernel() -> Any:
         return None
 
 
-def _placed(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor) -> Tensor:
+def copy_rows(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor) -> Tensor:
+    """Outputs whose places ``pivots`` hold latents, and ``rest`` all others.
+
+    Parameters
+    ----------
+    latents : Tensor of shape (..., rank)
+    others : Tensor of shape (..., out - rank)
+    pivots, rest : Tensor
+        Where each of them stands, int64; together every place once.
+
+    Returns
+    -------
+    Tensor of shape (..., out)
+    """
     outputs = others.new_empty((*others.shape[:-1], len(pivots) + len(rest)))
     return outputs.index_copy_(-1, pivots, latents).index_copy_(-1, rest, others)
 
@@ -282,7 +295,7 @@ class _Placement(torch.autograd.Function):
 
     @staticmethod
     def forward(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor) -> Tensor:
-        return _placed(latents, others, pivots, rest)
+        return copy_rows(latents, others, pivots, rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:

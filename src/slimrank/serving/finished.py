@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slimrank.nn import copy_rows
+
 
 class Placing(NamedTuple):
     """Where outputs stand that are latents, and all others; int64.
@@ -74,15 +76,18 @@ class FinishedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map ``(..., in)`` to ``(..., out)``, without a bias."""
         parts = [latent(inputs) for latent in self.latents]
-        latents = parts[0] if len(parts) == 1 else torch.cat(parts, -1) if parts else inputs
+        latents = _side_by_side(parts) if parts else inputs
         pieces = [
             expand(inputs if at is None else latents[..., at[0] : at[1]])
             for at, expand in zip(self.columns, self.expansions, strict=True)
         ]
-        others = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        others = _side_by_side(pieces)
         if self.rows is None or self.others is None:
             return others
         if self.chosen is not None:
             latents = latents.index_select(-1, self.chosen)
-        outputs = others.new_empty((*others.shape[:-1], len(self.rows) + len(self.others)))
-        return outputs.index_copy_(-1, self.rows, latents).index_copy_(-1, self.others, others)
+        return copy_rows(latents, others, self.rows, self.others)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from slimrank.errors import CheckpointError
-from slimrank.linalg import other_rows
-from slimrank.nn import Int8Factor, check_pivots, check_scale
+from slimrank.linalg import RoundedRows, other_rows
+from slimrank.nn import Int8Factor, check_codes, check_pivots, check_scale
 from slimrank.serving.finished import BareLinear, FinishedLinear, Placing
 from slimrank.serving.member import EXPANSIONS, Member
 
@@ -148,10 +148,8 @@ class FusedLinear:
         if not self.members[numbers[0]].coded:
             weight = together("weight").to(dtype)
             return make(weight) if len(weight) else BareLinear(weight)
-        codes = together("codes").contiguous()
-        factor = Int8Factor(codes.shape[1], codes.shape[0], "meta")
-        factor.codes, factor.scale = codes, together("scale").to(dtype)
-        return factor
+        codes, scale = together("codes").contiguous(), together("scale").to(dtype)
+        return Int8Factor.of(RoundedRows(codes, scale))
 
     def _latent_columns(self, kinds: Sequence[Sequence[int]]) -> Columns:
         """Where the latents of each member are: what is of one kind comes from one product."""
@@ -192,9 +190,10 @@ def _told(member: Member) -> str:
 
 
 def _check_values(member: Member, kind: str, tensor: Tensor) -> None:
-    if kind == "pivots":
-        check_pivots(tensor, member.shape[0], member.name)
-    elif kind.endswith("scale"):
-        check_scale(tensor, f"{member.name}.{kind}".removesuffix(".scale"))
-    elif kind.endswith("codes") and tensor.dtype != torch.int8:
-        raise CheckpointError(f"{member.name}.{kind} are {tensor.dtype}, not torch.int8")
+    matrix, _, last = f"{member.name}.{kind}".rpartition(".")
+    if last == "pivots":
+        check_pivots(tensor, member.shape[0], matrix)
+    elif last == "scale":
+        check_scale(tensor, matrix)
+    elif last == "codes":
+        check_codes(tensor, matrix)
