@@ -1,6 +1,7 @@
 """Speed of a model with wide linears in transformers: dense, and of low rank in both layouts.
 
     python benchmarks/wide.py --out results/wide.json
+    python benchmarks/wide.py --multiples 32 --compile --out results/wide-compiled.json
     python benchmarks/wide.py --model SmolLM2-135M-Instruct --out results/wide-smollm2.json
 
 A random Llama whose linears are as wide as those of models of some billion parameters, and random
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="by torch.compile, weights packed")
     parser.add_argument("--folders", help="where they stay; they are removed if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True)
@@ -111,6 +113,7 @@ def measured(dense: Path, folders: list[Path], options: argparse.Namespace) -> A
         new_tokens=options.new_tokens,
         rounds=options.rounds,
         threads=options.threads,
+        compiled=options.compile,
     )
     return [
         {

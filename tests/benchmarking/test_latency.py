@@ -43,6 +43,22 @@ def test_the_tokens_are_those_of_generate(make_model):
     assert torch.equal(torch.cat(steps, -1), written[:, 6:])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma3"])
+def test_a_fixed_cache_has_room_for_all_and_gives_the_same_tokens(make_model, family):
+    model = make_model(family)
+    seen: list[torch.Tensor] = []
+    model.register_forward_pre_hook(
+        lambda _module, _arguments, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    run_once(model, batch=2, context=6, new_tokens=5)
+    growing = list(seen)
+    seen.clear()
+    found = run_once(model, batch=2, context=6, new_tokens=5, fixed_cache=True)
+    assert all(torch.equal(*pair) for pair in zip(growing, seen, strict=True))
+    outputs = model(input_ids=torch.zeros(2, 6 + 5, dtype=torch.long), use_cache=True)
+    assert found.cache_bytes == cache_bytes(outputs.past_key_values)
+
+
 def test_the_median_step_counts(make_model, monkeypatch):
     times = iter([0.0, 2.0, 10.0, 11.0, 20.0, 29.0, 30.0, 33.0])
     monkeypatch.setattr(latency, "_now", lambda _device: next(times))

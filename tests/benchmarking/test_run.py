@@ -1,6 +1,7 @@
 """Models take turns, each in a process of its own, and every figure is one that was measured."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -73,6 +74,29 @@ def test_it_runs_where_it_is_told(report):
     assert report.environment["threads"] == "1"
     assert report.environment["device"] == "cpu"
     assert {model.dtype for model in report.models} == {"float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_has_an_ordinary_cache_of_fixed_length(
+    dense_folder, make_recipe, tmp_path, report
+):
+    recipe = make_recipe(keep=0.9, kv_cache={"keep": 0.5})
+    compress(dense_folder, recipe, out=tmp_path / "out")
+    found = benchmark(
+        tmp_path / "out", batches=[2], contexts=[5, 9], new_tokens=3, rounds=1, compiled=True
+    )
+    assert found.compiled
+    assert not report.compiled
+    each = report.models[1].cases[0].cache_bytes // 5  # of a token, keys and values, no latents
+    held = [case.cache_bytes for case in found.models[0].cases]
+    assert held == [2 * each * (5 + 3), 2 * each * (9 + 3)]
+
+
+def test_a_compiler_that_is_missing_is_named(dense_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    with pytest.raises(ModelError, match="compiler"):
+        benchmark(dense_folder, batches=[1], contexts=[4], new_tokens=1, rounds=1, compiled=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from typing import IO, Any
 
 from slimrank.errors import ModelError, ProcessError
 
+PACKED = {"TORCHINDUCTOR_FREEZING": "1"}  # heard in full from here alone, if it is to be compiled
+
 
 class Worker:
     """A process that holds one model (`slimrank.benchmarking.worker`).
@@ -30,7 +32,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **PACKED},
             start_new_session=True,  # Ctrl-C is the caller's; this ends when its orders do
         )
 

@@ -83,6 +83,8 @@ class BenchmarkReport(_Frozen):
         ``schema`` in the file.
     environment : dict of str to str
         Versions, platform, device, threads; dtype is that of the first model.
+    compiled : bool
+        By ``torch.compile``, all of them.
     rounds : int
         What figures are medians of; the models take turns within each.
     new_tokens : int
@@ -93,6 +95,7 @@ class BenchmarkReport(_Frozen):
 
     version: Literal[1] = Field(default=1, alias="schema")
     environment: dict[str, str]
+    compiled: bool
     rounds: int
     new_tokens: int
     models: tuple[ModelFigures, ...]

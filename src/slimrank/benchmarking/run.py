@@ -25,6 +25,7 @@ def benchmark(
     threads: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    compiled: bool = False,
     track: Track = lambda steps, _what: steps,
 ) -> BenchmarkReport:
     """Measure prefill, decode and memory of a model, and of others beside it.
@@ -50,6 +51,9 @@ def benchmark(
         To load in; 'auto' is each model's own.
     device : str, optional
         The CPU if left out.
+    compiled : bool
+        By ``torch.compile``, with weights packed for each shape and a cache of fixed length: all
+        models alike. Compiling is not counted. Folders that cache latents get an ordinary cache.
     track : callable
         Wraps the loop over rounds, given a description, to show progress.
 
@@ -70,20 +74,19 @@ def benchmark(
     count = _threads(threads)
     cases = _cases(batches, contexts)
     _require_positive(new_tokens=new_tokens, rounds=rounds)
+    how = {"dtype": dtype, "device": device, "compiled": compiled}
     with ExitStack() as stack:
         workers = [Worker(name, count) for name in models]
         for worker in workers:
             stack.callback(worker.end)
-        loaded = [
-            worker.ask("load", model=worker.name, dtype=dtype, device=device, threads=count)
-            for worker in workers
-        ]
+        loaded = [worker.ask("load", model=worker.name, threads=count, **how) for worker in workers]
         for worker, about in zip(workers, loaded, strict=True):
             _require_room(worker.name, about["longest"], max(contexts) + new_tokens)
         steps = track(range(len(cases) * rounds), "benchmark")
         found = _measure(workers, cases, rounds, new_tokens, iter(steps))
     return BenchmarkReport(
         environment=loaded[0]["environment"],
+        compiled=compiled,
         rounds=rounds,
         new_tokens=new_tokens,
         models=tuple(
@@ -110,7 +113,7 @@ def _measure(
     found: list[list[CaseFigures]] = [[] for _ in workers]
     for batch, context in cases:
         for worker in workers:
-            worker.ask("warm_up", batch=batch, context=context)
+            worker.ask("warm_up", batch=batch, context=context, new_tokens=new_tokens)
         answers: list[list[dict[str, Any]]] = [[] for _ in workers]
         for _ in range(rounds):
             for worker, mine in zip(workers, answers, strict=True):

@@ -15,6 +15,7 @@ import torch
 from slimrank.benchmarking.latency import run_once
 from slimrank.environment import environment, peak_bytes
 from slimrank.errors import SlimrankError, in_one_line
+from slimrank.nn import detach_latent_cache
 from slimrank.source import open_model, parse_source, require_device
 
 WARM_UP = 16  # tokens; on a CPU nothing depends on the shapes that have been
@@ -24,8 +25,11 @@ class Holder:
     """The model of this process."""
 
     model: Any = None
+    is_compiled = False
 
-    def load(self, model: str, dtype: str, device: str | None, threads: int) -> dict[str, Any]:
+    def load(
+        self, model: str, dtype: str, device: str | None, threads: int, compiled: bool
+    ) -> dict[str, Any]:
         """Take a model, and say what it is."""
         torch.set_num_threads(threads)
         if hasattr(os, "sched_setaffinity"):
@@ -33,6 +37,9 @@ class Holder:
         require_device(device)
         before = peak_bytes(torch.device(device or "cpu"))
         self.model = open_model(parse_source(model), dtype, device=device).eval()
+        self.is_compiled = compiled
+        if compiled:
+            detach_latent_cache(self.model)
         tensors = [*self.model.parameters(), *self.model.buffers()]
         config = self.model.config.get_text_config()
         return {
@@ -42,15 +49,25 @@ class Holder:
             "environment": environment(self.model),
         }
 
-    def warm_up(self, batch: int, context: int) -> dict[str, Any]:
-        """Run once, uncounted."""
+    def warm_up(self, batch: int, context: int, new_tokens: int) -> dict[str, Any]:
+        """Run once, uncounted, and compile for these shapes if that is asked for."""
+        if self.is_compiled:
+            self._compile()
+            self.run(batch, context, new_tokens)
+            return {}
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         run_once(self.model, batch, min(context, WARM_UP) if on_cpu else context, 1)
         return {}
 
+    def _compile(self) -> None:
+        """Let go of graphs of other shapes, with their copies of weights, and begin anew."""
+        torch.compiler.reset()
+        forward = type(self.model).forward.__get__(self.model)
+        self.model.forward = torch.compile(forward, dynamic=False)
+
     def run(self, batch: int, context: int, new_tokens: int) -> dict[str, Any]:
         """Run once."""
-        figures = run_once(self.model, batch, context, new_tokens)
+        figures = run_once(self.model, batch, context, new_tokens, fixed_cache=self.is_compiled)
         device = next(self.model.parameters()).device
         return {**figures._asdict(), "peak_bytes": peak_bytes(device)}
 

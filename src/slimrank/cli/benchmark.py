@@ -32,6 +32,12 @@ def benchmark_command(
     threads: Annotated[int | None, typer.Option(help="Of the CPU. [default: all]")] = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="By torch.compile, with packed weights and a cache of fixed length."
+        ),
+    ] = False,
     json: opt.Json = False,
 ) -> None:
     """Measure how fast MODEL reads and writes, and what memory it takes.
@@ -49,6 +55,7 @@ def benchmark_command(
         threads=threads,
         dtype=dtype or "auto",
         device=device,
+        compiled=compiled,
         track=track,
     )
     if json:
@@ -70,8 +77,9 @@ def _short(name: str) -> str:
 
 def _print(report: BenchmarkReport) -> None:
     where = report.environment
+    how = ", compiled" if report.compiled else ""
     title = (
-        f"tokens a second, medians of {report.rounds} rounds, {where['device']}, "
+        f"tokens a second{how}, medians of {report.rounds} rounds, {where['device']}, "
         f"{where['threads']} threads"
     )
     rows = [
