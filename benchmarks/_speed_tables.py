@@ -1,24 +1,28 @@
 """The tables of speed in docs/serving.md, from the committed results."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from _tables import header, read, row
 
+LAYOUTS = ("plain", "pivoted")
 WIDE = ("wide", "wide-4096", "wide-8192")
 NARROW = "wide-smollm2"
+COMPILED = ("wide-compiled", "wide-4096-kept")
+MALLOC = "GLIBC_TUNABLES"
+COLUMNS = ("linears", "ranks", "sequences × tokens", "", "dense, tokens a second", *LAYOUTS)
 
 
 def wide() -> None:
     """Dense, plain and pivoted in transformers, at several widths."""
     records = {name: read(name) for name in (*WIDE, NARROW)}
-    columns = ("linears", "ranks", "sequences × tokens", "", "dense, tokens a second")
-    header(*columns, "plain", "pivoted")
+    header(*COLUMNS)
     for record in records.values():
         _wide_rows(record)
     first = records[WIDE[0]]
     settings = first["settings"]
     blocks = ", ".join(str(records[name]["settings"]["blocks"]) for name in WIDE)
-    files = ", ".join(f"[{name}](../benchmarks/results/{name}.json)" for name in records)
+    files = _links(records)
     print(
         f"\nRandom Llamas of {blocks} blocks, {settings['vocabulary']} words, {settings['dtype']}, "
         f"{settings['keep']} kept; {settings['threads']} thread of "
@@ -26,6 +30,23 @@ def wide() -> None:
         f"The last one is {records[NARROW]['settings']['model']}, of the same dtype and kept alike "
         f"(figures: {files})."
     )
+
+
+def compiled() -> None:
+    """The same by torch.compile."""
+    records = [read(name) for name in COMPILED]
+    header(*COLUMNS)
+    for record in records:
+        _wide_rows(record)
+    rounds = ", ".join(str(record["settings"]["rounds"]) for record in records)
+    print(
+        f"\nThe same models, the wider one with `{MALLOC}` as above; medians of {rounds} "
+        f"rounds (figures: {_links(COMPILED)})."
+    )
+
+
+def _links(names: Iterable[str]) -> str:
+    return ", ".join(f"[{name}](../benchmarks/results/{name}.json)" for name in names)
 
 
 def _wide_rows(record: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ second round has ranks that are multiples of 32.
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from slimrank import benchmark
 from slimrank.checkpoint import align_folder, mark_compressed
 from slimrank.source import load_model, parse_source
+
+MALLOC = "GLIBC_TUNABLES"  # whether large pieces of memory are kept when they are let go of
 
 
 def main() -> None:
@@ -55,9 +58,8 @@ def main() -> None:
         model.to(getattr(torch, options.dtype))
         model.save_pretrained(dense)
         said = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
-        settings = (
-            said | shape(model.config) | {"model": options.model and Path(options.model).name}
-        )
+        told = {"model": options.model and Path(options.model).name, "malloc": os.getenv(MALLOC)}
+        settings = said | shape(model.config) | told
         for multiple in options.multiples:
             folders = [
                 folder(model, layout, multiple, options.keep, draw, place) for layout in LAYOUTS
