@@ -25,7 +25,7 @@ from slimrank import benchmark
 from slimrank.checkpoint import align_folder, mark_compressed
 from slimrank.source import load_model, parse_source
 
-MALLOC = "GLIBC_TUNABLES"  # whether large pieces of memory are kept when they are let go of
+ENVIRONMENT = ("GLIBC_TUNABLES", "TORCHINDUCTOR_")  # what speed depends on beside the code
 
 
 def main() -> None:
@@ -58,7 +58,8 @@ def main() -> None:
         model.to(getattr(torch, options.dtype))
         model.save_pretrained(dense)
         said = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
-        told = {"model": options.model and Path(options.model).name, "malloc": os.getenv(MALLOC)}
+        said["model"] = options.model and Path(options.model).name
+        told = {n: value for n, value in os.environ.items() if n.startswith(ENVIRONMENT)}
         settings = said | shape(model.config) | told
         for multiple in options.multiples:
             folders = [

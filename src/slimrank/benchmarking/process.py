@@ -10,7 +10,9 @@ from typing import IO, Any
 
 from slimrank.errors import ModelError, ProcessError
 
-PACKED = {"TORCHINDUCTOR_FREEZING": "1"}  # heard in full from here alone, if it is to be compiled
+# heard in full from here alone, and by a model that is to be compiled alone
+PACKED = {"TORCHINDUCTOR_FREEZING": "1"}
+CALLED_FROM_C = {"TORCHINDUCTOR_CPP_WRAPPER": "1"}  # products of a step are called without Python
 
 
 class Worker:
@@ -21,10 +23,13 @@ class Worker:
     name : str
         Of its model, for errors.
     threads : int
+    device : str, optional
+        The CPU if left out.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, device: str | None = None) -> None:
         self.name = name
+        settings = PACKED if device not in (None, "cpu") else PACKED | CALLED_FROM_C
         self._said: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "slimrank.benchmarking.worker"],
@@ -32,7 +37,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), **PACKED},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **settings},
             start_new_session=True,  # Ctrl-C is the caller's; this ends when its orders do
         )
 

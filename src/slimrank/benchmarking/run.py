@@ -76,7 +76,7 @@ def benchmark(
     _require_positive(new_tokens=new_tokens, rounds=rounds)
     how = {"dtype": dtype, "device": device, "compiled": compiled}
     with ExitStack() as stack:
-        workers = [Worker(name, count) for name in models]
+        workers = [Worker(name, count, device) for name in models]
         for worker in workers:
             stack.callback(worker.end)
         loaded = [worker.ask("load", model=worker.name, threads=count, **how) for worker in workers]
