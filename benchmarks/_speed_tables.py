@@ -9,7 +9,6 @@ LAYOUTS = ("plain", "pivoted")
 WIDE = ("wide", "wide-4096", "wide-8192")
 NARROW = "wide-smollm2"
 COMPILED = ("wide-compiled", "wide-4096-kept")
-MALLOC = "GLIBC_TUNABLES"
 COLUMNS = ("linears", "ranks", "sequences × tokens", "", "dense, tokens a second", *LAYOUTS)
 
 
@@ -22,27 +21,33 @@ def wide() -> None:
     first = records[WIDE[0]]
     settings = first["settings"]
     blocks = ", ".join(str(records[name]["settings"]["blocks"]) for name in WIDE)
-    files = _links(records)
     print(
         f"\nRandom Llamas of {blocks} blocks, {settings['vocabulary']} words, {settings['dtype']}, "
         f"{settings['keep']} kept; {settings['threads']} thread of "
         f"{first['environment']['processor']}; medians of {settings['rounds']} rounds in turns. "
         f"The last one is {records[NARROW]['settings']['model']}, of the same dtype and kept alike "
-        f"(figures: {files})."
+        f"(figures: {_links(records)})."
     )
 
 
 def compiled() -> None:
     """The same by torch.compile."""
-    records = [read(name) for name in COMPILED]
+    records = {name: read(name) for name in COMPILED}
     header(*COLUMNS)
-    for record in records:
+    for record in records.values():
         _wide_rows(record)
-    rounds = ", ".join(str(record["settings"]["rounds"]) for record in records)
-    print(
-        f"\nThe same models, the wider one with `{MALLOC}` as above; medians of {rounds} "
-        f"rounds (figures: {_links(COMPILED)})."
-    )
+    print("\nThe same models. " + ". ".join(map(_told, records, records.values())) + ".")
+
+
+def _told(name: str, record: dict[str, Any]) -> str:
+    settings = record["settings"]
+    heard = {
+        variable: value
+        for variable, value in settings.items()
+        if variable.isupper() or (variable == "malloc" and value)
+    }
+    set_up = ", ".join(f"`{value}`" for value in heard.values()) or "the environment as it is"
+    return f"{_links([name])}: medians of {settings['rounds']} rounds, {set_up}"
 
 
 def _links(names: Iterable[str]) -> str:

@@ -25,7 +25,7 @@ from slimrank import benchmark
 from slimrank.checkpoint import align_folder, mark_compressed
 from slimrank.source import load_model, parse_source
 
-ENVIRONMENT = ("GLIBC_TUNABLES", "TORCHINDUCTOR_")  # what speed depends on beside the code
+ENVIRONMENT = ("GLIBC_TUNABLES", "TORCHINDUCTOR_MAX_AUTOTUNE")  # of what is set, what counts here
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
         model.save_pretrained(dense)
         said = {n: value for n, value in vars(options).items() if n not in ("out", "folders")}
         said["model"] = options.model and Path(options.model).name
-        told = {n: value for n, value in os.environ.items() if n.startswith(ENVIRONMENT)}
+        told = {n: value for n, value in os.environ.items() if n in ENVIRONMENT}
         settings = said | shape(model.config) | told
         for multiple in options.multiples:
             folders = [

@@ -25,12 +25,22 @@ def test_each_step_adds_a_token_to_the_cache(make_model, family):
     assert found.decode_seconds > 0
 
 
-def test_the_tokens_are_those_of_generate(make_model):
-    model = make_model("llama")
-    seen: list[torch.Tensor] = []
-    model.register_forward_pre_hook(
-        lambda _module, _arguments, given: seen.append(given["input_ids"]), with_kwargs=True
-    )
+@pytest.fixture
+def watched(make_model):
+    """A model of a family, and the tokens that it is given, call by call."""
+
+    def watch(family: str):
+        model, seen = make_model(family), []
+        model.register_forward_pre_hook(
+            lambda _module, _arguments, given: seen.append(given["input_ids"]), with_kwargs=True
+        )
+        return model, seen
+
+    return watch
+
+
+def test_the_tokens_are_those_of_generate(watched):
+    model, seen = watched("llama")
     run_once(model, batch=2, context=6, new_tokens=5)
     prompt, *steps = list(seen)
     written = model.generate(
@@ -44,12 +54,8 @@ def test_the_tokens_are_those_of_generate(make_model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt", "gemma3"])
-def test_a_fixed_cache_has_room_for_all_and_gives_the_same_tokens(make_model, family):
-    model = make_model(family)
-    seen: list[torch.Tensor] = []
-    model.register_forward_pre_hook(
-        lambda _module, _arguments, given: seen.append(given["input_ids"]), with_kwargs=True
-    )
+def test_a_fixed_cache_has_room_for_all_and_gives_the_same_tokens(watched, family):
+    model, seen = watched(family)
     run_once(model, batch=2, context=6, new_tokens=5)
     growing = list(seen)
     seen.clear()

@@ -154,3 +154,13 @@ def test_what_shares_its_inputs_is_one_product_of_the_engine():
     inputs = torch.ones(2, 3, INPUTS, dtype=torch.float64)
     expected = torch.cat([linear(inputs) for linear in linears], -1)
     torch.testing.assert_close(computed(inputs), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_no_value_is_asked_for_when_it_computes(tokens):
+    # a CUDA graph could not wait for one; tensors on the meta device have none
+    specs = [(8, 2, False, False), (4, 3, True, False), (4, None, False, False), (4, 1, True, True)]
+    linears = [stored(*spec, seed=n) for n, spec in enumerate(specs)]
+    computed = loaded(linears, specs).finished("cpu", torch.bfloat16).to("meta")
+    outputs = computed(torch.empty(tokens, INPUTS, dtype=torch.bfloat16, device="meta"))
+    assert (outputs.device.type, tuple(outputs.shape)) == ("meta", (tokens, 20))

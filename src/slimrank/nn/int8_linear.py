@@ -62,7 +62,7 @@ class Int8Factor(nn.Module):
         """Hold codes and scales that are there, without a copy."""
         out_features, in_features = rows.codes.shape
         factor = cls(in_features, out_features, "meta")
-        factor.codes, factor.scale = rows
+        _hold(factor, rows)
         return factor
 
     @property
@@ -136,7 +136,7 @@ class Int8Linear(nn.Module):
             As `slimrank.linalg.round_rows`.
         """
         layer = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        layer.codes, layer.scale = (x.to(linear.weight.device) for x in round_rows(linear.weight))
+        _hold(layer, round_rows(linear.weight), linear.weight.device)
         layer.weight = torch.empty_like(linear.weight[:0, 0]).detach()
         layer.bias = linear.bias
         return layer.train(linear.training)
@@ -255,6 +255,13 @@ def _check_stored(state_dict: Mapping[str, Any], prefix: str) -> None:
         check_codes(codes, name)
     if scale is not None and not scale.is_meta:
         check_scale(scale, name)
+
+
+def _hold(
+    module: Int8Factor | Int8Linear, rows: RoundedRows, device: torch.device | None = None
+) -> None:
+    """Put codes and scales in the place of a module's own, without a copy where they are there."""
+    module.codes, module.scale = (tensor.to(device=device) for tensor in rows)
 
 
 def _register_codes(

@@ -285,6 +285,12 @@ def copy_rows(latents: Tensor, others: Tensor, pivots: Tensor, rest: Tensor) -> 
     Returns
     -------
     Tensor of shape (..., out)
+
+    Examples
+    --------
+    >>> latents, others = torch.tensor([5.0, 6.0]), torch.tensor([7.0])
+    >>> copy_rows(latents, others, torch.tensor([2, 0]), torch.tensor([1]))
+    tensor([6., 7., 5.])
     """
     outputs = others.new_empty((*others.shape[:-1], len(pivots) + len(rest)))
     return outputs.index_copy_(-1, pivots, latents).index_copy_(-1, rest, others)
