@@ -25,20 +25,6 @@ def test_each_step_adds_a_token_to_the_cache(make_model, family):
     assert found.decode_seconds > 0
 
 
-@pytest.fixture
-def watched(make_model):
-    """A model of a family, and the tokens that it is given, call by call."""
-
-    def watch(family: str):
-        model, seen = make_model(family), []
-        model.register_forward_pre_hook(
-            lambda _module, _arguments, given: seen.append(given["input_ids"]), with_kwargs=True
-        )
-        return model, seen
-
-    return watch
-
-
 def test_the_tokens_are_those_of_generate(watched):
     model, seen = watched("llama")
     run_once(model, batch=2, context=6, new_tokens=5)

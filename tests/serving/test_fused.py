@@ -139,6 +139,14 @@ def test_only_the_own_part_is_kept_and_nothing_when_it_is_finished(kinds, coded)
     assert [tuple(expand.weight.shape) for expand in made.expansions] == [(4 - here, 3)]
 
 
+OF_EACH_KIND = [
+    (8, 2, False, False),
+    (4, 3, True, False),
+    (4, None, False, False),
+    (4, 1, True, True),
+]
+
+
 def test_what_shares_its_inputs_is_one_product_of_the_engine():
     made = []
 
@@ -146,9 +154,8 @@ def test_what_shares_its_inputs_is_one_product_of_the_engine():
         made.append(tuple(weight.shape))
         return BareLinear(weight)
 
-    specs = [(8, 2, False, False), (4, 3, True, False), (4, None, False, False), (4, 1, True, True)]
-    linears = [stored(*spec, seed=n) for n, spec in enumerate(specs)]
-    fused = loaded(linears, specs)
+    linears = [stored(*spec, seed=n) for n, spec in enumerate(OF_EACH_KIND)]
+    fused = loaded(linears, OF_EACH_KIND)
     computed = fused.finished("cpu", torch.float64, make)
     assert made == [(5, INPUTS), (8, 2), (1, 3), (4, INPUTS)]
     inputs = torch.ones(2, 3, INPUTS, dtype=torch.float64)
@@ -159,8 +166,7 @@ def test_what_shares_its_inputs_is_one_product_of_the_engine():
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_no_value_is_asked_for_when_it_computes(tokens):
     # a CUDA graph could not wait for one; tensors on the meta device have none
-    specs = [(8, 2, False, False), (4, 3, True, False), (4, None, False, False), (4, 1, True, True)]
-    linears = [stored(*spec, seed=n) for n, spec in enumerate(specs)]
-    computed = loaded(linears, specs).finished("cpu", torch.bfloat16).to("meta")
+    linears = [stored(*spec, seed=n) for n, spec in enumerate(OF_EACH_KIND)]
+    computed = loaded(linears, OF_EACH_KIND).finished("cpu", torch.bfloat16).to("meta")
     outputs = computed(torch.empty(tokens, INPUTS, dtype=torch.bfloat16, device="meta"))
     assert (outputs.device.type, tuple(outputs.shape)) == ("meta", (tokens, 20))

@@ -29,7 +29,8 @@ class Worker:
 
     def __init__(self, name: str, threads: int, device: str | None = None) -> None:
         self.name = name
-        settings = PACKED if device not in (None, "cpu") else PACKED | CALLED_FROM_C
+        on_cpu = (device or "cpu").partition(":")[0] == "cpu"
+        settings = PACKED | CALLED_FROM_C if on_cpu else PACKED
         self._said: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "slimrank.benchmarking.worker"],
