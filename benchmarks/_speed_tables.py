@@ -8,7 +8,8 @@ from _tables import header, read, row
 LAYOUTS = ("plain", "pivoted")
 WIDE = ("wide", "wide-4096", "wide-8192")
 NARROW = "wide-smollm2"
-COMPILED = ("wide-compiled", "wide-4096-kept")
+COMPILED = ("wide-compiled", "wide-4096-compiled")
+KEPT = "-kept"  # with glibc told to keep memory
 COLUMNS = ("linears", "ranks", "sequences × tokens", "", "dense, tokens a second", *LAYOUTS)
 
 
@@ -17,7 +18,8 @@ def wide() -> None:
     records = {name: read(name) for name in (*WIDE, NARROW)}
     header(*COLUMNS)
     for record in records.values():
-        _wide_rows(record)
+        for cells in _wide_cells(record):
+            row(*cells)
     first = records[WIDE[0]]
     settings = first["settings"]
     blocks = ", ".join(str(records[name]["settings"]["blocks"]) for name in WIDE)
@@ -31,30 +33,27 @@ def wide() -> None:
 
 
 def compiled() -> None:
-    """The same by torch.compile."""
-    records = {name: read(name) for name in COMPILED}
-    header(*COLUMNS)
-    for record in records.values():
-        _wide_rows(record)
-    print("\nThe same models. " + ". ".join(map(_told, records, records.values())) + ".")
-
-
-def _told(name: str, record: dict[str, Any]) -> str:
-    settings = record["settings"]
-    heard = {
-        variable: value
-        for variable, value in settings.items()
-        if variable.isupper() or (variable == "malloc" and value)
-    }
-    set_up = ", ".join(f"`{value}`" for value in heard.values()) or "the environment as it is"
-    return f"{_links([name])}: medians of {settings['rounds']} rounds, {set_up}"
+    """The same by torch.compile, with the environment as it is and with memory kept."""
+    header(*COLUMNS, "memory kept: dense", *LAYOUTS)
+    told = []
+    for name in COMPILED:
+        here, kept = read(name), read(name + KEPT)
+        for cells, others in zip(_wide_cells(here), _wide_cells(kept), strict=True):
+            row(*cells, *others[4:])
+        rounds = " and ".join(str(record["settings"]["rounds"]) for record in (here, kept))
+        told.append(f"medians of {rounds} rounds ({_links([name, name + KEPT])})")
+    variable = "GLIBC_TUNABLES"
+    print(
+        f"\nThe same models, {' and '.join(told)}; memory is kept by "
+        f"`{variable}={kept['settings'][variable]}`."
+    )
 
 
 def _links(names: Iterable[str]) -> str:
     return ", ".join(f"[{name}](../benchmarks/results/{name}.json)" for name in names)
 
 
-def _wide_rows(record: dict[str, Any]) -> None:
+def _wide_cells(record: dict[str, Any]) -> Iterable[list[str]]:
     settings = record["settings"]
     for ranks, cases in record["results"].items():
         by_case: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -63,14 +62,14 @@ def _wide_rows(record: dict[str, Any]) -> None:
         multiple = int(ranks.rpartition(" ")[2])
         for (batch, context), (dense, *others) in by_case.items():
             for phase in ("prefill", "decode"):
-                row(
+                yield [
                     f"{settings['width']}, {settings['inner_width']}",
                     "any" if multiple == 1 else f"multiples of {multiple}",
                     f"{batch} × {context}",
                     phase,
                     f"{dense[f'{phase} tokens a second']:.0f}",
                     *(f"{other[f'{phase} to dense']:.2f}x" for other in others),
-                )
+                ]
 
 
 def runtimes() -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/wide.py --out results/wide.json
     python benchmarks/wide.py --multiples 32 --compile --out results/wide-compiled.json
+    GLIBC_TUNABLES=... python benchmarks/wide.py ... --out results/wide-compiled-kept.json
     python benchmarks/wide.py --model SmolLM2-135M-Instruct --out results/wide-smollm2.json
 
 A random Llama whose linears are as wide as those of models of some billion parameters, and random

@@ -52,8 +52,9 @@ def benchmark(
     device : str, optional
         The CPU if left out.
     compiled : bool
-        By ``torch.compile``, with weights packed for each shape and a cache of fixed length: all
-        models alike. Compiling is not counted. Folders that cache latents get an ordinary cache.
+        By ``torch.compile``, with weights packed for each shape, products of the steps chosen by
+        their time, and a cache of fixed length: all models alike. Compiling takes minutes for each
+        case and is not counted. Folders that cache latents get an ordinary cache.
     track : callable
         Wraps the loop over rounds, given a description, to show progress.
 

@@ -35,7 +35,8 @@ def benchmark_command(
     compiled: Annotated[
         bool,
         typer.Option(
-            "--compile", help="By torch.compile, with packed weights and a cache of fixed length."
+            "--compile",
+            help="By torch.compile, minutes for each case: packed weights, cache of fixed length.",
         ),
     ] = False,
     json: opt.Json = False,
