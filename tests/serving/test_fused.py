@@ -165,8 +165,24 @@ def test_what_shares_its_inputs_is_one_product_of_the_engine():
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_no_value_is_asked_for_when_it_computes(tokens):
-    # a CUDA graph could not wait for one; tensors on the meta device have none
+    # a CUDA graph could not wait for one (below, on a GPU); tensors on the meta device have none
     linears = [stored(*spec, seed=n) for n, spec in enumerate(OF_EACH_KIND)]
     computed = loaded(linears, OF_EACH_KIND).finished("cpu", torch.bfloat16).to("meta")
     outputs = computed(torch.empty(tokens, INPUTS, dtype=torch.bfloat16, device="meta"))
     assert (outputs.device.type, tuple(outputs.shape)) == ("meta", (tokens, 20))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_cuda_graph_gives_what_it_gives_outside_of_one(tokens):
+    linears = [stored(*spec, seed=n) for n, spec in enumerate(OF_EACH_KIND)]
+    computed = loaded(linears, OF_EACH_KIND).finished("cpu", torch.float32).cuda()
+    inputs = torch.ones(tokens, INPUTS, device="cuda")
+    computed(inputs)  # what is made once is made outside
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = computed(inputs)
+    inputs.copy_(torch.randn(tokens, INPUTS))
+    graph.replay()
+    torch.testing.assert_close(captured, computed(inputs))
